@@ -1,0 +1,70 @@
+PYTHON ?= python3
+SERVE  := .venv
+DEV    := .venv-dev
+MODEL  ?= digit
+PORT   ?= 3000
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check format train export bench bento proto lock clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+# Two environments: what is served stays free of torch, whatever else is installed beside it.
+$(SERVE)/.ready: requirements/serve.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Quintet needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet --disable-pip-version-check -r requirements/serve.txt
+	@touch $@
+
+$(DEV)/.ready: requirements/dev.txt clients/python/pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Quintet needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(DEV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e clients/python
+	@touch $@
+
+serve: $(SERVE)/.ready  ## all shipped models on REST :3000 and gRPC :3001
+	BENTOML_DO_NOT_TRACK=True exec $(SERVE)/bin/bentoml serve service:Quintet --port $(PORT)
+
+test: $(DEV)/.ready     ## the whole suite
+	$(DEV)/bin/pytest
+
+check: $(DEV)/.ready    ## what CI runs: formatter, linter, types, tests
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/mypy
+	$(DEV)/bin/pytest
+
+format: $(DEV)/.ready   ## put the code in its house style
+	$(DEV)/bin/ruff check --fix --quiet .
+	$(DEV)/bin/ruff format .
+
+train: $(DEV)/.ready    ## train one: make train MODEL=digit
+	$(DEV)/bin/python -m training $(MODEL)
+
+export: $(DEV)/.ready   ## export it with proof into models/
+	$(DEV)/bin/python -m export $(MODEL)
+
+bench: $(DEV)/.ready    ## the load tests, beside the peers
+	$(DEV)/bin/python -m load_tests
+
+bento: $(SERVE)/.ready  ## the built Bento
+	BENTOML_DO_NOT_TRACK=True $(SERVE)/bin/bentoml build
+
+proto: $(DEV)/.ready    ## generate the gRPC messages anew
+	$(DEV)/bin/python -m service.proto service/proto clients/python/src/quintet_client
+
+# Fresh environments, so that nothing which merely happens to be installed gets into a lock.
+lock:            ## pin the newest versions that pyproject.toml allows
+	rm -rf build/lock && mkdir -p build/lock
+	$(PYTHON) -m venv build/lock/serve
+	build/lock/serve/bin/pip install --quiet '.[serve]'
+	build/lock/serve/bin/pip freeze --exclude quintet > requirements/serve.txt
+	$(PYTHON) -m venv build/lock/dev
+	build/lock/dev/bin/pip install --quiet -c requirements/serve.txt '.[serve,training,dev]' ./clients/python
+	build/lock/dev/bin/pip freeze --exclude quintet --exclude quintet-client | sed 's/+cpu$$//' > requirements/dev.txt
+	rm -rf build/lock
+
+clean:           ## remove the environments and caches
+	rm -rf $(SERVE) $(DEV) build .mypy_cache .pytest_cache .ruff_cache
