@@ -1,0 +1,6 @@
+"""The rooms. `MODELS` is the only list of models in the project."""
+
+from service.models.digit import DIGIT
+from service.models.spec import Room
+
+MODELS: dict[str, Room] = {room.name: room for room in (DIGIT,)}

@@ -1,0 +1,151 @@
+"""Encoded pictures to pixels: shared by the rooms that take pictures.
+
+Only PNG, JPEG, WebP and BMP are let near a decoder, and only after their header
+has said how many pixels they hold: a few kilobytes of PNG can unfold to gigabytes.
+"""
+
+import struct
+from typing import Final, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import BadInput, TooManyPixels, UnreadableImage
+
+Pixels = npt.NDArray[np.uint8]
+
+MAX_PIXELS: Final = 25_000_000
+"""A 24-megapixel photograph passes; what is larger is refused before it is decoded."""
+
+QUICK_PIXELS: Final = 128 * 128
+"""Up to here a picture is decoded in well under a millisecond, on the event loop."""
+
+MEDIA_TYPES: Final = ("image/png", "image/jpeg", "image/webp", "image/bmp")
+
+_KINDS = "PNG, JPEG, WebP or BMP"
+_JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
+
+
+class Header(NamedTuple):
+    """What a picture says of itself before it is decoded: sizes in pixels."""
+
+    width: int
+    height: int
+    has_alpha: bool
+
+
+def read_header(data: bytes) -> Header:
+    """Read a picture's size from its first bytes.
+
+    Raises:
+        UnreadableImage: the bytes are none of PNG, JPEG, WebP and BMP, or end too early.
+    """
+    if not data:
+        raise UnreadableImage(f"The picture is empty; send the bytes of a {_KINDS} file.")
+    try:
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            width, height, _, colour = struct.unpack_from(">IIBB", data, 16)
+            return Header(width, height, colour >= 4 or b"tRNS" in data[33:2048])
+        if data.startswith(b"\xff\xd8"):
+            return Header(*_jpeg_size(data), has_alpha=False)
+        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+            return _webp_header(data)
+        if data.startswith(b"BM"):
+            width, height = struct.unpack_from("<ii", data, 18)
+            return Header(abs(width), abs(height), has_alpha=False)
+    except (struct.error, IndexError):
+        raise UnreadableImage("The picture ends in its header; send the whole file.") from None
+    raise UnreadableImage(f"These bytes are not a picture; send a {_KINDS} file.")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Walk the markers of ITU-T T.81, annex B, to the frame header; width and height."""
+    position = 2
+    while data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker in _JPEG_SIZES:
+            height, width = struct.unpack_from(">HH", data, position + 5)
+            return width, height
+        if marker in _JPEG_BARE or marker == 0xFF:
+            position += 1 if marker == 0xFF else 2
+        else:
+            position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    raise UnreadableImage("The JPEG's header is damaged; send the whole file.")
+
+
+def _webp_header(data: bytes) -> Header:
+    """Size and alpha flag of the three WebP forms (RFC 9649, section 2)."""
+    form = data[12:16]
+    if form == b"VP8X":
+        flags = data[20]
+        width = 1 + int.from_bytes(data[24:27], "little")
+        height = 1 + int.from_bytes(data[27:30], "little")
+        return Header(width, height, bool(flags & 0x10))
+    if form == b"VP8L":
+        bits = struct.unpack_from("<I", data, 21)[0]
+        return Header(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF), bool(bits >> 28 & 1))
+    width, height = struct.unpack_from("<HH", data, 26)
+    return Header(width & 0x3FFF, height & 0x3FFF, has_alpha=False)
+
+
+def is_quick(data: bytes) -> bool:
+    """Whether decoding `data` is short work; bytes that will be refused are."""
+    # Most pictures of a digit: a PNG less than 128 pixels wide and high, told from six of its bytes.
+    if (
+        data[:4] == b"\x89PNG"
+        and data[16:19] == b"\0\0\0" == data[20:23]
+        and data[19:20] < b"\x80" > data[23:24]
+    ):
+        return True
+    try:
+        header = read_header(data)
+    except BadInput:
+        return True
+    return header.width * header.height <= QUICK_PIXELS
+
+
+def decode_grey(data: bytes) -> Pixels:
+    """Decode a picture to grey pixels, uint8 [height, width].
+
+    A transparent picture is laid on white paper, or on black where its ink is white.
+
+    Raises:
+        UnreadableImage: the bytes are damaged or of another kind.
+        TooManyPixels: the picture holds more than `MAX_PIXELS`.
+    """
+    header = read_header(data)
+    if not header.has_alpha:
+        return _decode(data, header, cv2.IMREAD_GRAYSCALE)
+    picture = _decode(data, header, cv2.IMREAD_UNCHANGED)
+    if picture.ndim == 2 or picture.shape[2] != 4:
+        return _decode(data, header, cv2.IMREAD_GRAYSCALE)
+    if picture.dtype == np.uint16:
+        picture = (picture >> 8).astype(np.uint8)
+    grey = cv2.cvtColor(picture[:, :, :3], cv2.COLOR_BGR2GRAY).astype(np.float32)
+    alpha = picture[:, :, 3].astype(np.float32) / 255
+    total = float(alpha.sum())
+    ink = float((grey * alpha).sum()) / total if total else 0.0
+    paper = 0.0 if ink > 127 else 255.0
+    laid: Pixels = np.rint(grey * alpha + paper * (1 - alpha)).astype(np.uint8)
+    return laid
+
+
+def _decode(data: bytes, header: Header, flags: int) -> Pixels:
+    """Decode with OpenCV, once the header has passed."""
+    width, height, _ = header
+    if width < 1 or height < 1:
+        raise UnreadableImage("The picture has no pixels; send one of at least 1x1.")
+    if width * height > MAX_PIXELS:
+        raise TooManyPixels(
+            f"The picture is {width}x{height} pixels; send one of at most "
+            f"{MAX_PIXELS // 1_000_000} million pixels."
+        )
+    try:
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        picture = None
+    if picture is None:
+        raise UnreadableImage(f"The picture is damaged or cut short; send a whole {_KINDS} file.")
+    return picture  # type: ignore[return-value]

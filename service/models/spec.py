@@ -1,0 +1,135 @@
+"""What a room is: everything one model promises, in one value.
+
+A room says what a model takes, what it gives, how one input becomes the tensors
+of its network (`to_tensor`) and how one row of the network's outputs becomes an
+answer (`to_answer`). Training, export, both doors and the tests read the same
+room, so the picture a network was scored on is the picture it is served.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Datatype = Literal["BOOL", "UINT8", "INT32", "INT64", "FP16", "FP32", "BYTES"]
+"""Datatypes by their Open Inference Protocol names; `BYTES` is a sequence of byte strings."""
+
+Array = npt.NDArray[Any]
+
+Inputs = Mapping[str, Any]
+"""One input, by tensor name: `{"image": b"..."}` or `{"pixels": uint8 array}`."""
+
+NUMPY_TYPES: dict[Datatype, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype(np.uint8),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+    "FP16": np.dtype(np.float16),
+    "FP32": np.dtype(np.float32),
+    "BYTES": np.dtype(np.object_),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as the Open Inference Protocol describes it.
+
+    `shape` leaves the batch axis out; -1 stands for any length.
+    """
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy type that carries this datatype (`object` for `BYTES`)."""
+        return NUMPY_TYPES[self.datatype]
+
+
+@dataclass(slots=True)
+class Sample:
+    """One input, ready for the network.
+
+    `tensors` follow the room's `network_inputs`, without the batch axis; `context`
+    is whatever `to_answer` needs to know about the input (the size of a picture, say).
+    """
+
+    tensors: tuple[Array, ...]
+    context: Any = None
+
+
+class Answer(Protocol):
+    """One prediction, in the two forms that the doors speak."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The prediction for people, as the REST calls give it."""
+
+    def as_tensors(self) -> dict[str, Any]:
+        """The prediction for machines: output tensor name to its value, without the batch axis."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """A model, as everyone else in the project knows it.
+
+    Attributes:
+        name: The model's name in addresses, files and metrics.
+        task: What it does, in a line for people.
+        takes: The kind of body that people send to `POST /<name>`.
+        labels: What an output's index means, in order.
+        inputs: The tensors a machine may send: one alternative of several.
+        outputs: The tensors a machine gets.
+        network_inputs: What the ONNX graph takes, in the order of `Sample.tensors`.
+        network_outputs: What the ONNX graph gives, in the order of `to_answer`'s row.
+        to_tensor: One input to one sample; raises `BadInput` when it cannot.
+        to_answer: One row of the network's outputs and its sample to one answer.
+        example: One input that the model can answer: for warming up, for documents and for tests.
+        is_quick: Whether `to_tensor` of this input is short enough for the event loop.
+    """
+
+    name: str
+    task: str
+    takes: Literal["pictures", "texts", "digits"]
+    labels: tuple[str, ...]
+    inputs: tuple[tuple[Tensor, ...], ...]
+    outputs: tuple[Tensor, ...]
+    network_inputs: tuple[Tensor, ...]
+    network_outputs: tuple[Tensor, ...]
+    to_tensor: Callable[[Inputs], Sample]
+    to_answer: Callable[[Sequence[Array], Sample], Answer]
+    example: Inputs
+    is_quick: Callable[[Inputs], bool] = lambda inputs: True
+
+    def __str__(self) -> str:
+        """The model's name, so that test ids and messages read well."""
+        return self.name
+
+
+@dataclass(slots=True)
+class Classification:
+    """An answer that chooses one of the labels."""
+
+    labels: tuple[str, ...]
+    probabilities: npt.NDArray[np.float32]
+
+    @property
+    def label(self) -> str:
+        """The likeliest label."""
+        return self.labels[int(self.probabilities.argmax())]
+
+    def as_json(self) -> dict[str, Any]:
+        """`{"label", "confidence", "probabilities"}`, probabilities by label."""
+        values = self.probabilities.tolist()
+        confidence = max(values)
+        return {
+            "label": self.labels[values.index(confidence)],
+            "confidence": confidence,
+            "probabilities": dict(zip(self.labels, values, strict=True)),
+        }
+
+    def as_tensors(self) -> dict[str, Any]:
+        """`label` as UTF-8 bytes and `probabilities` as float32 [labels]."""
+        return {"label": self.label.encode(), "probabilities": self.probabilities}
