@@ -1,0 +1,130 @@
+"""The command line of training: `python -m training digit`."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from service.models import MODELS
+from training.errors import TrainingError
+
+HERE = Path(__file__).parent
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong, and nothing else."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+
+
+def _whole(text: str) -> int:
+    """A number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    """A number that every generator of random numbers takes."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All that can be said on the command line."""
+    stories = [name for name in MODELS if (HERE / f"{name}.py").exists()]
+    options = _Parser(prog="python -m training", description=__doc__)
+    options.add_argument("model", choices=stories, help="the model to train")
+    options.add_argument("--arch", help="the network; default: the model's first")
+    options.add_argument("--epochs", type=_whole, help="how often every example is seen")
+    options.add_argument("--batch-size", type=_whole, help="examples per step, over all processes")
+    which = options.add_mutually_exclusive_group()
+    which.add_argument("--seed", type=_seed, default=0, help="sows every random number; default: 0")
+    which.add_argument("--seeds", type=_seed, nargs="+", metavar="SEED", help="several runs, one for each")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    options.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the forward pass; auto: bf16 where the hardware has it",
+    )
+    options.add_argument(
+        "--data", type=Path, metavar="DIR", help="data sets; default: $QUINTET_DATA or ~/.cache/quintet/data"
+    )
+    options.add_argument(
+        "--own-data", action="store_true", help="take your own data in the same format, unverified"
+    )
+    options.add_argument(
+        "--holdout", type=_whole, default=0, metavar="N", help="score on the last N training examples instead"
+    )
+    options.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: runs/<model>-<arch>-seed<seed>; with --seeds, DIR/seed<seed>",
+    )
+    options.add_argument("--resume", action="store_true", help="go on where a broken-off run stopped")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; 0 when it went well, 2 with one sentence when something must be mended first."""
+    options = parser()
+    chosen = options.parse_args(arguments)
+    story = importlib.import_module(f"training.{chosen.model}")
+    arch = chosen.arch or next(iter(story.ARCHITECTURES))
+    if arch not in story.ARCHITECTURES:
+        known = ", ".join(story.ARCHITECTURES)
+        options.error(f"there is no architecture {arch!r} for {chosen.model}; choose from {known}")
+    try:
+        _train(story, chosen, arch)
+    except TrainingError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped; go on with --resume.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(story: ModuleType, chosen: argparse.Namespace, arch: str) -> None:
+    """One run per seed; with several, what they say together."""
+    from training.card import note_seeds
+    from training.fit import Run
+
+    several = chosen.seeds is not None
+    folders = []
+    for seed in chosen.seeds or [chosen.seed]:
+        out = chosen.out or Path("runs") / f"{chosen.model}-{arch}-seed{seed}"
+        if several and chosen.out:
+            out = chosen.out / f"seed{seed}"
+        run = Run(
+            model=chosen.model,
+            arch=arch,
+            out=out,
+            epochs=chosen.epochs,
+            batch_size=chosen.batch_size,
+            seed=seed,
+            device=chosen.device,
+            precision=chosen.precision,
+            data=chosen.data,
+            verify=not chosen.own_data,
+            holdout=chosen.holdout,
+            resume=chosen.resume,
+        )
+        card = story.train(run)
+        folders.append(out)
+        if card:
+            print(f"{out}: {card['scores']}")
+    if several and int(os.environ.get("RANK", "0")) == 0:
+        print(note_seeds(folders, "accuracy", "accuracies"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
