@@ -1,0 +1,1 @@
+"""Export: a trained checkpoint to a proven version in the model repository. `python -m export digit`."""

@@ -1,0 +1,95 @@
+"""The command line of export: `python -m export digit`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from export.errors import ExportRefused, ProofFailed
+from export.publish import VARIANTS
+from service.models import MODELS
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong, and nothing else."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+
+
+def _variants(text: str) -> list[str]:
+    """`fp32,fp16` to the list, each once."""
+    chosen = list(dict.fromkeys(text.split(",")))
+    for name in chosen:
+        if name not in VARIANTS:
+            raise argparse.ArgumentTypeError(
+                f"there is no variant {name!r}; choose from {', '.join(VARIANTS)}"
+            )
+    return chosen
+
+
+def _version(text: str) -> int:
+    """A version's number."""
+    if not (text.isascii() and text.isdecimal()) or text.startswith("0") or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a version; a whole number such as 2 is")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All that can be said on the command line."""
+    options = _Parser(prog="python -m export", description=__doc__)
+    options.add_argument("model", choices=list(MODELS), help="the model to export")
+    options.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="a training run's folder; default: runs/<model>-<its first architecture>-seed0",
+    )
+    options.add_argument(
+        "--variants",
+        type=_variants,
+        default=list(VARIANTS),
+        metavar="LIST",
+        help=f"precisions, separated by commas; default: {','.join(VARIANTS)}",
+    )
+    options.add_argument(
+        "--to", type=Path, default=Path("models"), metavar="DIR", help="the model repository; default: models"
+    )
+    options.add_argument(
+        "--data", type=Path, metavar="DIR", help="data sets; default: $QUINTET_DATA or ~/.cache/quintet/data"
+    )
+    options.add_argument("--version", type=_version, metavar="N", help="default: the next free one")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export; 0 when it went well, 1 when the proof failed, 2 when something must be mended first."""
+    chosen = parser().parse_args(arguments)
+    # After the command line was understood: torch takes seconds to import, a wrong word should not.
+    from export.pipeline import export
+    from training.errors import TrainingError
+
+    try:
+        export(
+            MODELS[chosen.model],
+            checkpoint=chosen.checkpoint,
+            variants=chosen.variants,
+            repository=chosen.to,
+            data=chosen.data,
+            version=chosen.version,
+        )
+    except ProofFailed as failure:
+        print(f"Nothing was exported. {failure}", file=sys.stderr)
+        return 1
+    except (ExportRefused, TrainingError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped; nothing was exported.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
