@@ -1,0 +1,225 @@
+"""The BentoML service: start, stop, and which door leads where.
+
+BentoML builds, containerises, configures and supervises; `bentoml serve service:Quintet`
+starts one process per worker. Our REST door stands in front of BentoML's middleware
+stack, which a request never crosses (it costs several times what reading a digit costs);
+BentoML's own application keeps the lifespan.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import bentoml
+import structlog
+from _bentoml_sdk.service.factory import Service
+
+from service.data_plane import DataPlane, State
+from service.grpc_api import GrpcDoor
+from service.http import Receive, Scope, Send
+from service.metrics import Board
+from service.models import MODELS
+from service.repository import Repository, RepositoryError
+from service.rest import RestDoor
+from service.runtime import NetworkMismatch
+from service.settings import Settings, read_settings
+
+METRICS_FOLDER: Final = "QUINTET_METRICS_FOLDER"
+"""Names the folder that the workers of one server share; the supervisor makes it."""
+
+LAST_CALL_SECONDS: Final = 0.2
+"""How long a connection made just before the doors closed has to send its request."""
+
+log = structlog.get_logger("quintet")
+
+
+def configure_logging(level: str) -> None:
+    """One line of JSON per event on standard error, for people at a terminal a coloured one."""
+    # A line for every damaged body that a stranger sends would fill the log.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+    is_terminal = os.isatty(2)
+    # Local variables stay out of the log: among them are callers' keys and what they sent.
+    frames = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            *([] if is_terminal else [structlog.processors.ExceptionRenderer(frames)]),
+            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+            if is_terminal
+            else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
+        logger_factory=structlog.PrintLoggerFactory(open(2, "w", closefd=False)),  # noqa: SIM115
+    )
+
+
+class House:
+    """One worker: its numbers, its data plane, its two doors, and its end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        folder = os.environ.get(METRICS_FOLDER)
+        self._board = Board(Path(folder) if folder else _metrics_folder())
+        self.plane = DataPlane(settings, self._board)
+        self.rest = RestDoor(self.plane, self._board)
+        self._grpc = GrpcDoor(self.plane)
+        self._loading: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._http_server: object | None = None
+
+    async def start(self) -> None:
+        """Open the doors and load the models behind them; `/readyz` says when they are there."""
+        self._drain_on_signals()
+        if self.settings.grpc_port:
+            await self._grpc.start(f"{self.settings.grpc_host}:{self.settings.grpc_port}")
+        self._loading = asyncio.create_task(self._load())
+
+    async def _load(self) -> None:
+        try:
+            await asyncio.to_thread(self.plane.load)
+        except (RepositoryError, NetworkMismatch) as error:
+            log.critical("the service cannot start", reason=str(error))
+            # A worker that merely ended would be started again, to fail again.
+            os.kill(os.getppid(), signal.SIGTERM)
+        else:
+            await self._grpc.update_health()
+            log.info("ready", models=[str(loaded.room) for loaded in self.plane.models()])
+
+    def _drain_on_signals(self) -> None:
+        """Put a pause between the signal to stop and the HTTP server's own end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stop_server = signal.getsignal(number)
+            if not callable(stop_server):
+                continue
+
+            def drain(number: int, frame: FrameType | None, stop_server: Any = stop_server) -> None:
+                if self.plane.state is not State.DRAINING:
+                    self.plane.drain()
+                    loop.call_soon_threadsafe(self._begin_drain, lambda: stop_server(number, None))
+
+            signal.signal(number, drain)
+            # The handler is a method of uvicorn's server, which knows what it listens on.
+            self._http_server = getattr(stop_server, "__self__", None)
+
+    def _begin_drain(self, stop_server: Callable[[], object]) -> None:
+        self._draining = asyncio.create_task(self._drain(stop_server))
+
+    async def _drain(self, stop_server: Callable[[], object]) -> None:
+        """Refuse new work for a while with the doors open, then close them, then let the server end.
+
+        Whoever sends traffic here has that while to see /readyz say 503 and look elsewhere; every
+        answer asks its connection to close, so that none is cut while a request is on its way.
+        """
+        log.info("draining", seconds=self.settings.drain_seconds)
+        await self._grpc.update_health()
+        await asyncio.sleep(self.settings.drain_seconds)
+        # The supervisor holds the listening socket too: closing ours alone would leave callers
+        # waiting in a queue that nobody serves any more. Shut down, it refuses them at once.
+        for server in getattr(self._http_server, "servers", ()):
+            for listening in server.sockets:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(listening.fileno())) as ours:
+                    # No more connections in the queue, time to take those that wait, and then none at all:
+                    # shutting down cuts whoever still waits.
+                    ours.listen(0)
+                    await asyncio.sleep(LAST_CALL_SECONDS / 4)
+                    ours.shutdown(socket.SHUT_RD)
+        await asyncio.sleep(LAST_CALL_SECONDS)
+        stop_server()
+
+    async def stop(self) -> None:
+        """Answer what was accepted, then close."""
+        self.plane.drain()
+        if self._loading is not None:
+            self._loading.cancel()
+        await self._grpc.stop(self.settings.grace_seconds)
+        await self.plane.finish(self.settings.grace_seconds)
+        self._board.close()
+
+
+class QuintetService(Service[Any]):
+    """BentoML's service, with our door in front of its application."""
+
+    def to_asgi(self, is_main: bool = True) -> Any:
+        """The application of one worker."""
+        # Our door counts and logs; a line per request from uvicorn would cost more than the request.
+        logging.getLogger("uvicorn.access").disabled = True
+        settings = read_settings()
+        configure_logging(settings.log_level)
+        self.house = House(settings)
+        rest, lifespan = self.house.rest, super().to_asgi(is_main)
+
+        async def front(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                await rest(scope, receive, send)
+            else:
+                await lifespan(scope, receive, send)
+
+        return front
+
+
+def _metrics_folder() -> Path:
+    """A fresh folder that lives as long as this process."""
+    folder = Path(tempfile.mkdtemp(prefix="quintet-metrics-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@bentoml.service(
+    name="quintet",
+    service_class=QuintetService,
+    workers=read_settings().workers,
+    metrics={"enabled": False},
+    logging={"access": {"enabled": False}},
+)
+class Quintet:
+    """The service that `bentoml serve service:Quintet` runs."""
+
+    bento_service: QuintetService
+
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def check() -> None:
+        """Refuse to start, once and in a sentence, rather than in every worker over and over."""
+        settings = read_settings()
+        try:
+            repository = Repository(settings.models)
+            for model in set(repository.models()) & set(MODELS):
+                for version in repository.versions(model):
+                    repository.open(model, version)
+        except RepositoryError as error:
+            raise SystemExit(f"quintet: {error}") from None
+        if settings.grpc_port:
+            # Workers share the port between them, which would hide that a stranger has it already.
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((settings.grpc_host, settings.grpc_port))
+                except OSError as error:
+                    raise SystemExit(
+                        f"quintet: port {settings.grpc_port} for gRPC is not free ({error.strerror}); "
+                        "set QUINTET_GRPC_PORT to another."
+                    ) from None
+        os.environ[METRICS_FOLDER] = str(_metrics_folder())
+
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
+    async def start(self) -> None:
+        """Open the house."""
+        await self.bento_service.house.start()
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    async def stop(self) -> None:
+        """Close it."""
+        await self.bento_service.house.stop()

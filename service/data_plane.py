@@ -1,0 +1,294 @@
+"""The core that both doors call: find the model, prepare, batch, run, answer, measure.
+
+It knows no protocol. A door hands it inputs by tensor name and gets answers back.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from typing import Final
+
+import structlog
+
+from service.batcher import Batcher
+from service.errors import BadInput, NotFound, Overloaded, QuintetError, Unavailable
+from service.metrics import Board, Counter, Histogram
+from service.models import MODELS
+from service.models.spec import Answer, Inputs, Room, Sample
+from service.repository import ModelFiles, Repository
+from service.runtime import Network
+from service.settings import Settings
+
+QUICK_INPUTS: Final = 32
+"""More inputs than this are prepared in a thread, however small each is."""
+
+log = structlog.get_logger("quintet")
+
+
+class State(Enum):
+    """Whether work is taken; what `/readyz` says."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class LoadedModel:
+    """One version of one model, ready to answer."""
+
+    def __init__(self, files: ModelFiles, room: Room, settings: Settings, board: Board) -> None:
+        """Open, check and warm the network.
+
+        Raises:
+            NetworkMismatch: the files are not the room's network.
+        """
+        self.room = room
+        self.version = str(files.version)
+        self.network = Network(room, files.network)
+        sample = room.to_tensor(room.example)
+        self.network.warm_up(sample)
+        room.to_answer(self.network.run([sample])[0], sample)
+        self._board = board
+        self._inferences = board.counter("quintet_inferences", room.name, self.version)
+        self._compute_seconds = board.histogram("quintet_compute_seconds", room.name)
+        self._queue_seconds = board.histogram("quintet_queue_seconds", room.name)
+        self._batch_size = board.histogram("quintet_batch_size", room.name)
+        self.preprocess_seconds = board.histogram("quintet_preprocess_seconds", room.name)
+        seconds = self.network.seconds_per_input
+        fits_inline = max(1, int(settings.inline_ms / 1000 / seconds))
+        # A batch on the event loop must stay short, or everybody else waits for it.
+        inline = seconds * 1000 <= settings.inline_ms
+        self._lanes = None if inline else ThreadPoolExecutor(settings.lanes, f"{room.name}-lane")
+        self.batcher = Batcher(
+            self.network.run,
+            queue_size=settings.queue_size,
+            max_batch=min(settings.max_batch, fits_inline) if inline else settings.max_batch,
+            window_seconds=settings.batch_window_ms / 1000,
+            lanes=settings.lanes,
+            executor=self._lanes,
+            on_batch=self._measure,
+        )
+        board.gauge(
+            "quintet_model_info",
+            room.name,
+            self.version,
+            files.variant,
+            self.network.provider,
+            files.card["files"][files.variant]["sha256"],
+        ).set(1)
+
+    def _measure(self, size: int, compute_seconds: float, queue_seconds: Sequence[float]) -> None:
+        self._inferences.add(size)
+        self._batch_size.observe(size)
+        self._compute_seconds.observe(compute_seconds)
+        for seconds in queue_seconds:
+            self._queue_seconds.observe(seconds)
+
+    def close(self) -> None:
+        """Let the lanes go."""
+        if self._lanes is not None:
+            self._lanes.shutdown(wait=False)
+
+
+class DataPlane:
+    """All models of this worker, and the one way to ask them."""
+
+    def __init__(self, settings: Settings, board: Board) -> None:
+        self.settings = settings
+        self.state = State.STARTING
+        self._board = board
+        self._models: dict[str, dict[str, LoadedModel]] = {}
+        self._meters: dict[tuple[str, str, str, str], tuple[Counter, Histogram]] = {}
+        self._preparers = ThreadPoolExecutor(2, "prepare")
+        self._under_way = 0
+        self._buffered_bytes = 0
+
+    def load(self) -> None:
+        """Open every version of every model in the repository; blocks, so call it in a thread.
+
+        Raises:
+            RepositoryError: the repository is damaged.
+            NetworkMismatch: a file is not the network that its room describes.
+        """
+        repository = Repository(self.settings.models)
+        for name in repository.models():
+            room = MODELS.get(name)
+            if room is None:
+                continue
+            versions = {}
+            for version in repository.versions(name):
+                started = time.perf_counter()
+                files = repository.open(room.name, version)
+                versions[str(version)] = LoadedModel(files, room, self.settings, self._board)
+                log.info(
+                    "model loaded",
+                    model=room.name,
+                    version=version,
+                    provider=versions[str(version)].network.provider,
+                    seconds=round(time.perf_counter() - started, 3),
+                    inline=versions[str(version)].batcher.is_inline,
+                    microseconds_per_input=round(versions[str(version)].network.seconds_per_input * 1e6),
+                )
+            if versions:
+                self._models[room.name] = versions
+        if self.state is State.STARTING:
+            self.state = State.READY
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.state is State.READY
+
+    @property
+    def is_taking(self) -> bool:
+        """Whether connections may stay open for more requests."""
+        return self.state is not State.DRAINING
+
+    def find(self, model: str, version: str | None = None) -> LoadedModel:
+        """The model, in the version asked for or (none, or an empty one) the highest.
+
+        Raises:
+            NotFound: there is no such model or version.
+            Unavailable: starting, draining, or the model is not loaded.
+        """
+        if model not in MODELS:
+            raise NotFound(f"There is no such model; there are {', '.join(MODELS)}.")
+        if self.state is not State.READY:
+            raise Unavailable(f"The service is {self.state.value}; send the request again after a pause.")
+        versions = self._models.get(model)
+        if not versions:
+            raise Unavailable(f"The model {model} is not loaded.")
+        if not version:
+            return next(reversed(versions.values()))
+        found = versions.get(version)
+        if found is None:
+            raise NotFound(f"The model {model} has no such version; it has {', '.join(versions)}.")
+        return found
+
+    def models(self) -> list[LoadedModel]:
+        """Every model version that is loaded."""
+        return [loaded for versions in self._models.values() for loaded in versions.values()]
+
+    def versions(self, model: str) -> list[str]:
+        """The versions of a model that are loaded, lowest first."""
+        return list(self._models.get(model, ()))
+
+    async def predict(
+        self, loaded: LoadedModel, inputs: Sequence[Inputs], deadline: float | None
+    ) -> list[Answer]:
+        """Answer inputs: one answer each, in order, whatever they were batched with.
+
+        Args:
+            loaded: What `find` gave.
+            inputs: One mapping by tensor name for each input.
+            deadline: When to give up, on the event loop's clock; None for never.
+
+        Raises:
+            BadInput: an input cannot be prepared; its `index` says which, of several.
+            Overloaded: the queue is full.
+            DeadlineExceeded: the deadline passed first.
+            InternalError: the network failed on one of these inputs.
+        """
+        count = len(inputs)
+        if not 1 <= count <= self.settings.max_inputs:
+            raise BadInput(f"The request has {count} inputs; send 1 to {self.settings.max_inputs}.")
+        room, batcher = loaded.room, loaded.batcher
+        batcher.admit(count)
+        started = time.perf_counter()
+        try:
+            if count <= QUICK_INPUTS and all(map(room.is_quick, inputs)):
+                samples = _prepare(room, inputs)
+            else:
+                loop = asyncio.get_running_loop()
+                samples = await loop.run_in_executor(self._preparers, _prepare, room, inputs)
+        except BaseException:
+            batcher.release(count)
+            raise
+        loaded.preprocess_seconds.observe(time.perf_counter() - started)
+        rows = await batcher.run(samples, deadline)
+        return list(map(room.to_answer, rows, samples))
+
+    def enter(self) -> None:
+        """Note a request at a door.
+
+        Raises:
+            Overloaded: too many are under way.
+        """
+        if self._under_way >= self.settings.max_requests:
+            raise Overloaded("Too many requests are under way; send the request again after a pause.")
+        self._under_way += 1
+
+    def leave(self, buffered_bytes: int = 0) -> None:
+        """Note that a request which entered is answered, and that its body is let go."""
+        self._under_way -= 1
+        self._buffered_bytes -= buffered_bytes
+
+    def buffer(self, size: int) -> None:
+        """Note `size` more bytes of a body in memory.
+
+        Raises:
+            Overloaded: all bodies together would take too much.
+        """
+        if self._buffered_bytes + size > self.settings.max_buffered_bytes:
+            raise Overloaded("Too many large bodies are under way; send the request again after a pause.")
+        self._buffered_bytes += size
+
+    @property
+    def under_way(self) -> int:
+        """Requests that entered and are not answered yet."""
+        return self._under_way
+
+    def measure(
+        self,
+        protocol: str,
+        loaded: LoadedModel | None,
+        started: float,
+        error: QuintetError | None,
+    ) -> None:
+        """Count an answered request, and how long it took since `started` (perf_counter)."""
+        model, version = (loaded.room.name, loaded.version) if loaded else ("none", "none")
+        outcome = str(int(error.status)) if error else "ok"
+        meters = self._meters.get((model, version, protocol, outcome))
+        if meters is None:
+            meters = self._meters[model, version, protocol, outcome] = (
+                self._board.counter("quintet_requests", model, version, protocol, outcome),
+                self._board.histogram("quintet_request_seconds", model, protocol),
+            )
+        requests, request_seconds = meters
+        requests.add()
+        request_seconds.observe(time.perf_counter() - started)
+        if error is not None and error.rejection is not None:
+            self._board.counter("quintet_rejected", error.rejection).add()
+
+    def gauge(self) -> None:
+        """Say how full this worker is."""
+        for loaded in self.models():
+            self._board.gauge("quintet_queue_depth", loaded.room.name).set(loaded.batcher.depth)
+        self._board.gauge("quintet_in_flight").set(self._under_way)
+
+    def drain(self) -> None:
+        """Take no more work; what was accepted is finished."""
+        self.state = State.DRAINING
+
+    async def finish(self, grace_seconds: float) -> None:
+        """Wait until all accepted work is answered, or the grace period is over."""
+        give_up = time.monotonic() + grace_seconds
+        while self._under_way and time.monotonic() < give_up:
+            await asyncio.sleep(0.01)
+        for loaded in self.models():
+            loaded.close()
+        self._preparers.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepare(room: Room, inputs: Sequence[Inputs]) -> list[Sample]:
+    """Every input to its sample; an error says which input it is about, if there are several."""
+    samples = []
+    for index, item in enumerate(inputs):
+        try:
+            samples.append(room.to_tensor(item))
+        except BadInput as error:
+            error.index = index if len(inputs) > 1 else None
+            raise
+    return samples

@@ -1,0 +1,289 @@
+"""The gRPC door: `inference.GRPCInferenceService`, with health and reflection.
+
+It decodes, asks the data plane, encodes; it decides nothing.
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NoReturn, TypeAlias
+
+import grpc
+import numpy as np
+import structlog
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from service import open_inference
+from service.data_plane import DataPlane, LoadedModel
+from service.errors import BadInput, Forbidden, InternalError, QuintetError, Unauthenticated
+from service.models.spec import Inputs, Room
+from service.open_inference import InputTensor
+from service.proto import grpc_service_pb2 as pb
+from service.version import VERSION
+
+SERVICE: Final = "inference.GRPCInferenceService"
+PROTOCOL: Final = "open-inference-grpc"
+
+CONTENTS: Final = {
+    "BOOL": "bool_contents",
+    "UINT8": "uint_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "FP32": "fp32_contents",
+    "BYTES": "bytes_contents",
+}
+"""The field of `InferTensorContents` that carries each datatype; FP16 travels raw only."""
+
+SPARE_CALLS: Final = 256
+"""Calls above the plane's own limit that grpc lets in, so that the refusal is ours and names a pause."""
+
+LONG_MESSAGE: Final = 128 * 1024
+"""Reading the tensors of a longer message would keep the event loop from other callers."""
+
+log = structlog.get_logger("quintet")
+Context: TypeAlias = Any  # grpc ships no types; it is grpc.aio.ServicerContext
+
+
+class GrpcDoor:
+    """A gRPC server over the data plane, on the event loop of the HTTP server."""
+
+    def __init__(self, plane: DataPlane) -> None:
+        self._plane = plane
+        self._keys = [key.get_secret_value() for key in plane.settings.api_keys]
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+
+    async def start(self, address: str) -> None:
+        """Listen on `host:port`; the workers of one server share the port.
+
+        Raises:
+            RuntimeError: the address cannot be had.
+        """
+        limit = self._plane.settings.max_body_bytes
+        # Several workers open the same port, and the kernel spreads connections over them.
+        options = [
+            ("grpc.so_reuseport", 1),
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_concurrent_streams", 1024),
+        ]
+        server = grpc.aio.server(
+            options=options, maximum_concurrent_rpcs=self._plane.settings.max_requests + SPARE_CALLS
+        )
+        server.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server, pool=_described_services())
+        server.add_insecure_port(address)
+        await self.update_health()
+        await server.start()
+        self._server = server
+
+    async def update_health(self) -> None:
+        """Tell the health service whether work is taken."""
+        serving = health_pb2.HealthCheckResponse.ServingStatus
+        status = serving.SERVING if self._plane.is_ready else serving.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Refuse new calls, finish those under way, close."""
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(grace_seconds)
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        calls: dict[str, Callable[[Any], Any]] = {
+            "ServerLive": lambda request: pb.ServerLiveResponse(live=True),
+            "ServerReady": lambda request: pb.ServerReadyResponse(ready=self._plane.is_ready),
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelMetadata": self._model_metadata,
+            "ModelConfig": self._model_config,
+            "RepositoryIndex": self._repository_index,
+            "RepositoryModelLoad": self._forbidden,
+            "RepositoryModelUnload": self._forbidden,
+        }
+        methods = {name: self._unary(name, self._plain(call)) for name, call in calls.items()}
+        methods["ModelInfer"] = self._unary("ModelInfer", self._infer)
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    def _plain(self, call: Callable[[Any], Any]) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def answer(request: Any, context: Context) -> Any:
+            try:
+                self._check_key(context)
+                return call(_whole(request))
+            except QuintetError as error:
+                failure = error
+            except Exception:
+                failure = InternalError()
+                log.exception("a call failed", id=failure.id)
+            await _abort(context, failure)
+
+        return answer
+
+    def _unary(self, name: str, call: Callable[[Any, Context], Awaitable[Any]]) -> grpc.RpcMethodHandler:
+        return grpc.unary_unary_rpc_method_handler(
+            call,
+            request_deserializer=_lenient(getattr(pb, f"{name}Request").FromString),
+            response_serializer=getattr(pb, f"{name}Response").SerializeToString,
+        )
+
+    def _check_key(self, context: Context) -> None:
+        if not self._keys:
+            return
+        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        scheme, _, key = given.partition(" ")
+        if scheme.lower() != "bearer" or not any(
+            hmac.compare_digest(key.encode(), one.encode()) for one in self._keys
+        ):
+            raise Unauthenticated("Send your key in the metadata: authorization: Bearer <key>.")
+
+    def _model_ready(self, request: Any) -> Any:
+        self._plane.find(request.name, request.version)
+        return pb.ModelReadyResponse(ready=True)
+
+    def _server_metadata(self, request: Any) -> Any:
+        extensions = open_inference.EXTENSIONS
+        return pb.ServerMetadataResponse(name="quintet", version=VERSION, extensions=extensions)
+
+    def _model_metadata(self, request: Any) -> Any:
+        loaded = self._plane.find(request.name, request.version)
+        described = open_inference.model_metadata(self._plane, loaded)
+        return json_format.ParseDict(described, pb.ModelMetadataResponse())
+
+    def _model_config(self, request: Any) -> Any:
+        loaded = self._plane.find(request.name, request.version)
+        config = open_inference.model_config(self._plane, loaded)
+        return json_format.ParseDict({"config": config}, pb.ModelConfigResponse())
+
+    def _repository_index(self, request: Any) -> Any:
+        models = open_inference.index(self._plane)
+        return json_format.ParseDict({"models": models}, pb.RepositoryIndexResponse())
+
+    def _forbidden(self, request: Any) -> Any:
+        raise Forbidden("Loading and unloading is switched off on this service.")
+
+    async def _infer(self, request: Any, context: Context) -> Any:
+        started = time.perf_counter()
+        loaded: LoadedModel | None = None
+        failure: QuintetError | None = None
+        entered = False
+        try:
+            self._plane.enter()
+            entered = True
+            self._check_key(context)
+            loaded = self._plane.find(_whole(request).model_name, request.model_version)
+            wanted = open_inference.check_outputs(loaded.room, [output.name for output in request.outputs])
+            remaining = context.time_remaining()
+            deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
+            limit = self._plane.settings.max_inputs
+            if request.ByteSize() <= LONG_MESSAGE:
+                inputs = _inputs(loaded.room, request, limit)
+            else:
+                inputs = await asyncio.to_thread(_inputs, loaded.room, request, limit)
+            answers = await self._plane.predict(loaded, inputs, deadline)
+            response = pb.ModelInferResponse(
+                model_name=loaded.room.name, model_version=loaded.version, id=request.id
+            )
+            for output in open_inference.to_outputs(answers, wanted):
+                response.outputs.add(
+                    name=output.tensor.name, datatype=output.tensor.datatype, shape=output.values.shape
+                )
+                response.raw_output_contents.append(open_inference.to_raw(output))
+            return response
+        except QuintetError as error:
+            failure = error
+        except asyncio.CancelledError:
+            loaded = None  # The caller is gone: there is no outcome to count.
+            raise
+        except Exception:
+            failure = InternalError()
+            log.exception("a call failed", id=failure.id)
+        finally:
+            if entered:
+                self._plane.leave()
+            if loaded is not None or failure is not None:
+                self._plane.measure(PROTOCOL, loaded, started, failure)
+        await _abort(context, failure)
+
+
+def _lenient(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`read`, with None for a damaged message: grpc itself would answer with the parser's own name."""
+
+    def deserialize(message: bytes) -> Any:
+        try:
+            return read(message)
+        except DecodeError:
+            return None
+
+    return deserialize
+
+
+def _whole(request: Any) -> Any:
+    """The request, if it could be read.
+
+    Raises:
+        BadInput: it could not.
+    """
+    if request is None:
+        raise BadInput("The message is damaged; send one of the Open Inference Protocol.")
+    return request
+
+
+def _inputs(room: Room, request: Any, limit: int) -> list[Inputs]:
+    """The request's tensors, from their raw or their typed form, as the room's inputs."""
+    if not request.inputs:
+        raise BadInput("The request must have inputs.")
+    raws: Sequence[bytes] = request.raw_input_contents
+    if raws and len(raws) != len(request.inputs):
+        raise BadInput("raw_input_contents must have one entry for each input, or none at all.")
+    tensors = []
+    for position, tensor in enumerate(request.inputs):
+        shape = open_inference.check_shape(tensor.name, tensor.shape, limit)
+        if raws:
+            raw = raws[position]
+            tensors.append(open_inference.from_raw(tensor.name, tensor.datatype, shape, raw))
+        else:
+            tensors.append(_from_contents(tensor, shape))
+    return open_inference.to_inputs(room, tensors)
+
+
+def _from_contents(tensor: Any, shape: tuple[int, ...]) -> InputTensor:
+    field = CONTENTS.get(tensor.datatype)
+    values = getattr(tensor.contents, field) if field else ()
+    if tensor.datatype == "BYTES":
+        elements = np.empty(len(values), np.object_)
+        elements[:] = list(values)
+    else:
+        elements = np.array(values)
+    return open_inference.from_values(tensor.name, tensor.datatype, shape, elements)
+
+
+async def _abort(context: Context, error: QuintetError) -> NoReturn:
+    """End a call with an error's code and words; `retry-after` and `index` ride as metadata."""
+    metadata = []
+    if error.retry_after_seconds is not None:
+        metadata.append(("retry-after", str(error.retry_after_seconds)))
+    if error.index is not None:
+        metadata.append(("index", str(error.index)))
+    code = grpc.StatusCode[error.grpc_status]
+    await context.abort(code, error.detail, tuple(metadata))
+    raise AssertionError("abort always raises")
+
+
+def _described_services() -> Any:
+    """All services' descriptions in one pool, ours and the standard ones, for reflection."""
+    from google.protobuf import descriptor_pb2, descriptor_pool
+    from grpc_reflection.v1alpha import reflection_pb2
+
+    pool = descriptor_pool.DescriptorPool()
+    for file in (pb.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
+        described = descriptor_pb2.FileDescriptorProto()
+        file.CopyToProto(described)
+        pool.Add(described)
+    return pool

@@ -1,0 +1,227 @@
+"""What Prometheus reads: counters, gauges and histograms that are right with several workers.
+
+Every worker keeps its numbers as float64 cells in a file that it maps into memory,
+so counting costs one addition, and whichever worker is asked for `/metrics` sees all
+workers' cells as they are this moment. A second file says what each cell means.
+Labels come from closed sets only (model, version, protocol, outcome), so the files
+stay small for ever.
+"""
+
+import json
+import mmap
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector, CollectorRegistry
+
+__all__ = ["CONTENT_TYPE_LATEST", "Board", "Counter", "Gauge", "Histogram", "MetricsFull"]
+
+CELLS: Final = 16_384
+SECONDS: Final = (
+    0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+Kind = Literal["counter", "gauge", "histogram"]
+T = TypeVar("T", "Counter", "Gauge", "Histogram")
+FAMILIES: Final[dict[str, tuple[Kind, str, tuple[str, ...], tuple[float, ...]]]] = {
+    "quintet_requests": (
+        "counter",
+        "Requests answered, by outcome (ok, or the HTTP status of the error).",
+        ("model", "version", "protocol", "outcome"),
+        (),
+    ),
+    "quintet_request_seconds": (
+        "histogram",
+        "From the first byte of a request to its answer.",
+        ("model", "protocol"),
+        SECONDS,
+    ),
+    "quintet_inferences": ("counter", "Inputs that a network has answered.", ("model", "version"), ()),
+    "quintet_preprocess_seconds": (
+        "histogram",
+        "Turning a request's inputs into tensors.",
+        ("model",),
+        SECONDS,
+    ),
+    "quintet_queue_seconds": ("histogram", "Waiting for a batch.", ("model",), SECONDS),
+    "quintet_compute_seconds": ("histogram", "Running the network on one batch.", ("model",), SECONDS),
+    "quintet_batch_size": ("histogram", "Inputs that ran together.", ("model",), BATCH_SIZES),
+    "quintet_queue_depth": ("gauge", "Inputs that wait for a batch now.", ("model",), ()),
+    "quintet_in_flight": ("gauge", "Requests under way now.", (), ()),
+    "quintet_rejected": ("counter", "Requests refused before any work was done.", ("reason",), ()),
+    "quintet_model_info": (
+        "gauge",
+        "Model versions that are loaded: the number of workers that serve them.",
+        ("model", "version", "precision", "provider", "sha256"),
+        (),
+    ),
+}
+
+
+class MetricsFull(Exception):
+    """More series than cells: a label took values from an open set, which is a mistake of ours."""
+
+
+class Counter:
+    """A number that only grows."""
+
+    __slots__ = ("_cells", "_slot")
+
+    def __init__(self, cells: "memoryview[float]", slot: int) -> None:
+        self._cells = cells
+        self._slot = slot
+
+    def add(self, amount: float = 1) -> None:
+        """Count `amount` more."""
+        self._cells[self._slot] += amount
+
+
+class Gauge(Counter):
+    """A number that goes up and down."""
+
+    __slots__ = ()
+
+    def set(self, value: float) -> None:
+        """Say what it is now."""
+        self._cells[self._slot] = value
+
+
+class Histogram:
+    """How often a value fell into which bucket, and the sum of all values."""
+
+    __slots__ = ("_bounds", "_cells", "_slot", "_sum")
+
+    def __init__(self, cells: "memoryview[float]", slot: int, bounds: tuple[float, ...]) -> None:
+        self._cells = cells
+        self._slot = slot
+        self._bounds = bounds
+        self._sum = slot + len(bounds) + 1
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self._cells[self._slot + bisect_left(self._bounds, value)] += 1
+        self._cells[self._sum] += value
+
+
+class Board(Collector):
+    """All series of one worker, and the sum over every worker's."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keep this worker's cells in `folder`, which its sister workers share."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._series: dict[tuple[str, tuple[str, ...]], Counter | Histogram] = {}
+        self._used = 0
+        stem = str(os.getpid())
+        with (folder / f"{stem}.cells").open("w+b") as file:
+            file.truncate(CELLS * 8)
+            self._map = mmap.mmap(file.fileno(), CELLS * 8)
+        self._cells = memoryview(self._map).cast("d")
+        self._names = (folder / f"{stem}.names").open("w", encoding="utf-8")
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def counter(self, name: str, *labels: str) -> Counter:
+        """The counter `name` for these label values, in the order that `FAMILIES` names them."""
+        return self._get(name, labels, Counter)
+
+    def gauge(self, name: str, *labels: str) -> Gauge:
+        """The gauge `name` for these label values."""
+        return self._get(name, labels, Gauge)
+
+    def histogram(self, name: str, *labels: str) -> Histogram:
+        """The histogram `name` for these label values."""
+        return self._get(name, labels, Histogram)
+
+    def _get(self, name: str, labels: tuple[str, ...], kind: type[T]) -> T:
+        found = self._series.get((name, labels))
+        if found is None:
+            found = self._series[name, labels] = self._create(name, labels)
+        assert isinstance(found, kind), f"{name} is not a {kind.__name__}"
+        return found
+
+    def _create(self, name: str, labels: tuple[str, ...]) -> Counter | Histogram:
+        kind, _, label_names, bounds = FAMILIES[name]
+        assert len(labels) == len(label_names), f"{name} is labelled by {label_names}"
+        size = len(bounds) + 2 if kind == "histogram" else 1
+        if self._used + size > CELLS:
+            raise MetricsFull(name)
+        slot, self._used = self._used, self._used + size
+        self._names.write(json.dumps([name, labels, slot]) + "\n")
+        self._names.flush()
+        if kind == "histogram":
+            return Histogram(self._cells, slot, bounds)
+        return (Gauge if kind == "gauge" else Counter)(self._cells, slot)
+
+    def exposition(self) -> bytes:
+        """All workers' numbers in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterable[Metric]:
+        """Add up the cells of all workers; gauges count only workers that still live."""
+        sums: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in FAMILIES}
+        for pid, name, labels, values in self._all_workers():
+            if FAMILIES[name][0] == "gauge" and not _is_alive(pid):
+                continue
+            total = sums[name].setdefault(labels, [0.0] * len(values))
+            for position, value in enumerate(values):
+                total[position] += value
+        for name, series in sums.items():
+            yield _family(name, series)
+
+    def _all_workers(self) -> Iterator[tuple[int, str, tuple[str, ...], list[float]]]:
+        for names_file in sorted(self._folder.glob("*.names")):
+            cells: memoryview[float] = memoryview(names_file.with_suffix(".cells").read_bytes()).cast("d")
+            for line in names_file.read_text(encoding="utf-8").splitlines():
+                name, labels, slot = json.loads(line)
+                kind, _, _, bounds = FAMILIES[name]
+                size = len(bounds) + 2 if kind == "histogram" else 1
+                values = [cells[position] for position in range(slot, slot + size)]
+                yield int(names_file.stem), name, tuple(labels), values
+
+    def close(self) -> None:
+        """Let go of the files; the numbers stay for the sister workers to show."""
+        self._names.close()
+
+
+def _family(name: str, series: dict[tuple[str, ...], list[float]]) -> Metric:
+    kind, words, label_names, bounds = FAMILIES[name]
+    if kind == "counter":
+        counter = CounterMetricFamily(name, words, labels=label_names)
+        for labels, (value,) in series.items():
+            counter.add_metric(labels, value)
+        return counter
+    if kind == "gauge":
+        gauge = GaugeMetricFamily(name, words, labels=label_names)
+        for labels, (value,) in series.items():
+            gauge.add_metric(labels, value)
+        return gauge
+    histogram = HistogramMetricFamily(name, words, labels=label_names)
+    for labels, values in series.items():
+        so_far, buckets = 0.0, []
+        for bound, count in zip([*map(str, map(float, bounds)), "+Inf"], values[:-1], strict=True):
+            so_far += count
+            buckets.append((bound, so_far))
+        histogram.add_metric(labels, buckets=buckets, sum_value=values[-1])
+    return histogram
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,318 @@
+"""The Open Inference Protocol V2 between its two encodings (REST and gRPC) and a room.
+
+Both doors turn their bytes into `InputTensor`s and take `OutputTensor`s back; what the
+tensors must look like is checked here, once. Where the specification is silent we do as
+Triton does: an empty list of outputs means all of them, names must be known, and the
+first axis is the batch.
+
+Specification: https://github.com/kserve/open-inference-protocol
+"""
+
+import base64
+import binascii
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from service.data_plane import DataPlane, LoadedModel
+from service.errors import BadInput
+from service.models.spec import NUMPY_TYPES, Answer, Array, Inputs, Room, Tensor
+
+MAX_ELEMENTS: Final = 1 << 31
+"""No shape may speak of more elements than this, whatever its body holds."""
+
+PLATFORM: Final = "onnxruntime_onnx"
+
+EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository")
+
+
+@dataclass(frozen=True)
+class InputTensor:
+    """One input as it was sent: `values` is flat or shaped, of the datatype's numpy type."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    values: Array
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One output to send: `values` has its whole shape, the batch axis first."""
+
+    tensor: Tensor
+    values: Array
+
+
+def check_shape(name: str, shape: Sequence[Any], max_inputs: int) -> tuple[int, ...]:
+    """A shape that was sent, as whole numbers.
+
+    Raises:
+        BadInput: it is empty, negative, of more inputs than a request may have, or of more
+            elements than fit anywhere.
+    """
+    if not all(type(axis) is int and axis >= 0 for axis in shape):
+        raise BadInput(f"The shape of input {name!r} must be whole numbers from 0 up.")
+    if not shape or len(shape) > 8:
+        raise BadInput(f"The shape of input {name!r} must have 1 to 8 axes, the batch first.")
+    # Here already: taking millions of elements apart, only to refuse them, would take seconds.
+    if shape[0] > max_inputs:
+        raise BadInput(f"The request has {shape[0]} inputs; send 1 to {max_inputs}.")
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise BadInput(f"The shape of input {name!r} has more elements than a request can hold.")
+    return tuple(shape)
+
+
+def from_raw(name: str, datatype: str, shape: tuple[int, ...], raw: bytes | memoryview) -> InputTensor:
+    """A tensor from its binary form: little-endian, row-major; `BYTES` elements after their length.
+
+    Raises:
+        BadInput: unknown datatype, or more or fewer bytes than the shape asks for.
+    """
+    dtype = _dtype(name, datatype)
+    count = math.prod(shape)
+    if datatype == "BYTES":
+        return InputTensor(name, datatype, shape, _split_bytes(name, raw, count))
+    if len(raw) != count * dtype.itemsize:
+        raise BadInput(
+            f"Input {name!r} has {len(raw)} bytes; {datatype} {list(shape)} takes {count * dtype.itemsize}."
+        )
+    return InputTensor(name, datatype, shape, np.frombuffer(raw, dtype))
+
+
+def from_json(room: Room, name: str, datatype: str, shape: tuple[int, ...], data: Any) -> InputTensor:
+    """A tensor from its JSON form: flat or nested lists of numbers, booleans or texts.
+
+    A picture's bytes are not text, so JSON carries them in base64.
+
+    Raises:
+        BadInput: unknown datatype, or values that do not fit it or the shape.
+    """
+    dtype = _dtype(name, datatype)
+    values = _flatten(data)
+    if len(values) != math.prod(shape):
+        raise BadInput(
+            f"Input {name!r} has {len(values)} values; its shape {list(shape)} takes {math.prod(shape)}."
+        )
+    if datatype == "BYTES":
+        if not all(isinstance(value, str) for value in values):
+            raise BadInput(f"Input {name!r} is BYTES: its values must be texts.")
+        decode = decode_base64 if room.takes == "pictures" else str.encode
+        elements = np.empty(len(values), np.object_)
+        elements[:] = [decode(value) for value in values]
+        return InputTensor(name, datatype, shape, elements)
+    wanted = bool if datatype == "BOOL" else (int, float) if datatype.startswith("FP") else int
+    if not all(isinstance(value, wanted) and (wanted is bool or type(value) is not bool) for value in values):
+        raise BadInput(f"Input {name!r} is {datatype}: a value is of another type.")
+    try:
+        return InputTensor(name, datatype, shape, np.array(values, dtype))
+    except OverflowError:
+        raise BadInput(f"Input {name!r} has a value outside the range of {datatype}.") from None
+
+
+def from_values(name: str, datatype: str, shape: tuple[int, ...], values: Array) -> InputTensor:
+    """A tensor from a flat array of another numeric type (gRPC carries UINT8 as uint32).
+
+    Raises:
+        BadInput: unknown datatype, a wrong number of values, or values outside its range.
+    """
+    dtype = _dtype(name, datatype)
+    if len(values) != math.prod(shape):
+        raise BadInput(
+            f"Input {name!r} has {len(values)} values; its shape {list(shape)} takes {math.prod(shape)}."
+        )
+    converted = values.astype(dtype)
+    if dtype.kind in "iu" and not np.array_equal(converted, values):
+        raise BadInput(f"Input {name!r} has a value outside the range of {datatype}.")
+    return InputTensor(name, datatype, shape, converted)
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes that a base64 text stands for; a data URL's prefix is forgiven.
+
+    Raises:
+        BadInput: the text is not base64.
+    """
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadInput("A picture in JSON must be base64 text.") from None
+
+
+def to_inputs(room: Room, tensors: Sequence[InputTensor]) -> list[Inputs]:
+    """Check tensors against what the room takes, and split them into one mapping per input.
+
+    Raises:
+        BadInput: unknown names, a datatype or shape that is not the room's, or unequal batches.
+    """
+    names = {tensor.name for tensor in tensors}
+    chosen = next((wanted for wanted in room.inputs if names == {tensor.name for tensor in wanted}), None)
+    if chosen is None or len(tensors) != len(names):
+        choices = " or ".join("+".join(tensor.name for tensor in wanted) for wanted in room.inputs)
+        raise BadInput(f"The model {room} takes the input {choices}, each once.")
+    sent = {tensor.name: tensor for tensor in tensors}
+    batch = tensors[0].shape[0]
+    columns = {}
+    for wanted in chosen:
+        tensor = sent[wanted.name]
+        if tensor.datatype != wanted.datatype:
+            raise BadInput(f"Input {wanted.name!r} must be {wanted.datatype}.")
+        # A column [n, 1] stands for [n]: public clients send both.
+        shape = tensor.shape[1:] if wanted.shape or tensor.shape[1:] != (1,) else ()
+        fits = len(shape) == len(wanted.shape) and all(
+            want in (-1, have) for have, want in zip(shape, wanted.shape, strict=True)
+        )
+        if not fits:
+            whole = ", ".join(["n", *("any" if axis < 0 else str(axis) for axis in wanted.shape)])
+            raise BadInput(f"Input {wanted.name!r} must have the shape [{whole}].")
+        if tensor.shape[0] != batch:
+            raise BadInput("All inputs must have the same first axis.")
+        columns[wanted.name] = tensor.values.reshape(batch, *shape)
+    return [{name: column[row] for name, column in columns.items()} for row in range(batch)]
+
+
+def check_outputs(room: Room, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """The outputs asked for by name, or all of them.
+
+    Raises:
+        BadInput: the room gives no such output.
+    """
+    known = {tensor.name: tensor for tensor in room.outputs}
+    for name in names:
+        if name not in known:
+            raise BadInput(f"The model {room} has no such output; it has {', '.join(known)}.")
+    return tuple(known[name] for name in names) or room.outputs
+
+
+def to_outputs(answers: Sequence[Answer], wanted: Sequence[Tensor]) -> list[OutputTensor]:
+    """Answers to one tensor for each output; shorter rows are padded as the room's datatype asks.
+
+    Unequal lengths (boxes of several pictures) are filled up with -1 for whole numbers and 0 else.
+    """
+    rows = [answer.as_tensors() for answer in answers]
+    return [OutputTensor(tensor, _column(tensor, [row[tensor.name] for row in rows])) for tensor in wanted]
+
+
+def to_raw(output: OutputTensor) -> bytes:
+    """A tensor in its binary form."""
+    if output.tensor.datatype == "BYTES":
+        return b"".join(struct.pack("<I", len(value)) + value for value in output.values.ravel())
+    return output.values.tobytes()
+
+
+def to_json(output: OutputTensor) -> list[Any]:
+    """A tensor's values as a flat list for JSON; `BYTES` as text."""
+    if output.tensor.datatype == "BYTES":
+        return [value.decode() for value in output.values.ravel()]
+    values: list[Any] = output.values.ravel().tolist()
+    return values
+
+
+def _column(tensor: Tensor, values: list[Any]) -> Array:
+    if tensor.datatype == "BYTES":
+        column = np.empty(len(values), np.object_)
+        column[:] = values
+        return column
+    arrays = [np.asarray(value, tensor.dtype) for value in values]
+    if len({array.shape for array in arrays}) == 1:
+        return np.stack(arrays)
+    longest = np.max([array.shape for array in arrays], axis=0)
+    column = np.full((len(arrays), *longest), -1 if tensor.datatype == "INT64" else 0, tensor.dtype)
+    for row, array in zip(column, arrays, strict=True):
+        row[tuple(slice(length) for length in array.shape)] = array
+    return column
+
+
+def _dtype(name: str, datatype: Any) -> np.dtype[Any]:
+    for known, dtype in NUMPY_TYPES.items():
+        if known == datatype:
+            return dtype
+    raise BadInput(f"Input {name!r} has a datatype we do not take; we take {', '.join(NUMPY_TYPES)}.")
+
+
+def _split_bytes(name: str, raw: bytes | memoryview, count: int) -> Array:
+    elements: list[bytes] = []
+    position, end = 0, len(raw)
+    while position + 4 <= end and len(elements) < count:
+        (length,) = struct.unpack_from("<I", raw, position)
+        position += 4
+        if length > end - position:
+            break
+        elements.append(bytes(raw[position : position + length]))
+        position += length
+    if position != end or len(elements) != count:
+        raise BadInput(f"Input {name!r} does not hold {count} elements, each after its length in four bytes.")
+    column = np.empty(count, np.object_)
+    column[:] = elements
+    return column
+
+
+def _flatten(data: Any) -> list[Any]:
+    """Nested lists to one; without recursion, for callers choose the depth."""
+    if not isinstance(data, list):
+        raise BadInput('The "data" of an input must be a list.')
+    flat = data
+    while any(isinstance(value, list) for value in flat):
+        if not all(isinstance(value, list) for value in flat):
+            raise BadInput('The "data" of an input must be nested evenly.')
+        flat = [value for inner in flat for value in inner]
+    return flat
+
+
+def model_metadata(plane: DataPlane, loaded: LoadedModel) -> dict[str, Any]:
+    """What the protocol calls a model's metadata; alternatives of inputs stand side by side."""
+    room = loaded.room
+    return {
+        "name": room.name,
+        "versions": plane.versions(room.name),
+        "platform": PLATFORM,
+        "inputs": [_described(tensor) for tensors in room.inputs for tensor in tensors],
+        "outputs": [_described(tensor) for tensor in room.outputs],
+    }
+
+
+def model_config(plane: DataPlane, loaded: LoadedModel) -> dict[str, Any]:
+    """A model's configuration in the form that Triton's clients ask for; labels ride as a parameter."""
+    room = loaded.room
+    return {
+        "name": room.name,
+        "platform": PLATFORM,
+        "backend": "onnxruntime",
+        "max_batch_size": plane.settings.max_inputs,
+        "input": [
+            {**_configured(tensor), "optional": len(room.inputs) > 1}
+            for tensors in room.inputs
+            for tensor in tensors
+        ],
+        "output": [_configured(tensor) for tensor in room.outputs],
+        "dynamic_batching": {
+            "max_queue_delay_microseconds": round(plane.settings.batch_window_ms * 1000),
+            "preserve_ordering": True,
+        },
+        "parameters": {"labels": {"string_value": json.dumps(room.labels, ensure_ascii=False)}},
+    }
+
+
+def index(plane: DataPlane) -> list[dict[str, str]]:
+    """The model repository's index."""
+    return [
+        {"name": loaded.room.name, "version": loaded.version, "state": "READY", "reason": ""}
+        for loaded in plane.models()
+    ]
+
+
+def _described(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "datatype": tensor.datatype, "shape": [-1, *tensor.shape]}
+
+
+def _configured(tensor: Tensor) -> dict[str, Any]:
+    kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
+    # A scalar per input is one axis of one in Triton's configuration, where none is not allowed.
+    return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": list(tensor.shape) or [1]}

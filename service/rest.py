@@ -1,0 +1,372 @@
+"""The HTTP door: the calls for people, and the Open Inference Protocol V2 for machines.
+
+It decodes, asks the data plane, encodes; it decides nothing. Paths:
+
+    POST /<model>                              pictures in, predictions out
+    GET  /livez /readyz /metrics               for whoever operates the service
+    /v2/…                                      the Open Inference Protocol
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import orjson
+import structlog
+
+from service import open_inference
+from service.data_plane import DataPlane, LoadedModel
+from service.errors import (
+    BadInput,
+    Forbidden,
+    InternalError,
+    NotFound,
+    QuintetError,
+    Unauthenticated,
+    Unavailable,
+    UnsupportedMediaType,
+    WrongMethod,
+)
+from service.http import (
+    CallerGone,
+    Receive,
+    Request,
+    Response,
+    Scope,
+    Send,
+    json_response,
+    off_the_loop,
+    problem_response,
+    read_json,
+    read_multipart,
+    text_response,
+)
+from service.metrics import CONTENT_TYPE_LATEST, Board
+from service.models import MODELS
+from service.models.pictures import MEDIA_TYPES
+from service.models.spec import Answer, Inputs, Room
+from service.version import VERSION
+
+RAW_PICTURE: Final = frozenset([b"", b"application/octet-stream", *(kind.encode() for kind in MEDIA_TYPES)])
+HEADER_LENGTH: Final = b"inference-header-content-length"
+
+log = structlog.get_logger("quintet")
+
+
+class RestDoor:
+    """An ASGI application over the data plane."""
+
+    def __init__(self, plane: DataPlane, board: Board) -> None:
+        self._plane = plane
+        self._board = board
+        self._keys = [key.get_secret_value().encode() for key in plane.settings.api_keys]
+        self._models = {f"/{name}": name for name in MODELS}
+        self._pages: dict[str, Callable[[], Response]] = {
+            "/": self._index,
+            "/livez": lambda: text_response("alive\n"),
+            "/readyz": self._ready,
+            "/metrics": self._metrics,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, whatever happens."""
+        started = time.perf_counter()
+        request = Request(scope, receive)
+        page = self._pages.get(request.path)
+        if page is not None:
+            await self._send_page(request, page, send)
+            return
+        is_machine = request.path == "/v2" or request.path.startswith("/v2/")
+        protocol = "open-inference-rest" if is_machine else "rest"
+        failure: QuintetError | None = None
+        entered = False
+        try:
+            self._plane.enter()
+            entered = True
+            if not request.path.startswith("/v2/health/"):
+                self._check_key(request)
+            response = await (self._machines if is_machine else self._people)(request, started)
+        except QuintetError as error:
+            failure = error
+            response = problem_response(error, as_open_inference=is_machine)
+        except CallerGone:
+            return
+        except Exception:
+            failure = InternalError()
+            log.exception("a request failed", id=failure.id, path_is_machine=is_machine)
+            response = problem_response(failure, as_open_inference=is_machine)
+        finally:
+            if entered:
+                self._plane.leave(request.buffered_bytes)
+        if request.asked is not None or failure is not None:
+            self._plane.measure(protocol, request.asked, started, failure)
+        await response.send(send, close=not self._plane.is_taking)
+
+    async def _send_page(self, request: Request, page: Callable[[], Response], send: Send) -> None:
+        if request.method in ("GET", "HEAD"):
+            await page().send(send, close=not self._plane.is_taking)
+        else:
+            error = WrongMethod(f"{request.path} answers GET.", allow="GET, HEAD")
+            await problem_response(error, as_open_inference=False).send(send)
+
+    # ---- pages ----
+
+    def _index(self) -> Response:
+        return json_response(
+            {
+                "name": "quintet",
+                "version": VERSION,
+                "models": {
+                    name: {"task": room.task, "call": f"POST /{name}"} for name, room in MODELS.items()
+                },
+                "open_inference_protocol": "/v2",
+                "health": ["/livez", "/readyz"],
+                "metrics": "/metrics",
+            }
+        )
+
+    def _ready(self) -> Response:
+        if self._plane.is_ready:
+            return text_response("ready\n")
+        error = Unavailable(f"The service is {self._plane.state.value}.")
+        return problem_response(error, as_open_inference=False)
+
+    def _metrics(self) -> Response:
+        self._plane.gauge()
+        return Response(200, CONTENT_TYPE_LATEST.encode(), self._board.exposition())
+
+    def _check_key(self, request: Request) -> None:
+        if not self._keys:
+            return
+        given = request.headers.get(b"authorization") or b""
+        scheme, _, key = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not any(hmac.compare_digest(key, one) for one in self._keys):
+            raise Unauthenticated("Send your key in the header: Authorization: Bearer <key>.")
+
+    # ---- for people ----
+
+    async def _people(self, request: Request, started: float) -> Response:
+        name = self._models.get(request.path)
+        if name is None:
+            raise NotFound(f"There is no such path; there are {', '.join(self._models)} and /v2.")
+        if request.method != "POST":
+            raise WrongMethod(f"{request.path} answers POST.", allow="POST")
+        request.asked = loaded = self._plane.find(name)
+        deadline = _deadline(request, started)
+        body = await request.body(self._plane)
+        kind, options = request.media_type()
+        if kind in RAW_PICTURE:
+            inputs: list[Inputs] = [{"image": body}]
+        else:
+            limit = self._plane.settings.max_inputs
+            inputs = await off_the_loop(len(body), _pictures, body, kind, options, limit)
+        answers = await self._predict(request, loaded, inputs, deadline)
+        return json_response(
+            {
+                "model": name,
+                "version": loaded.version,
+                "predictions": [answer.as_json() for answer in answers],
+            }
+        )
+
+    async def _predict(
+        self, request: Request, loaded: LoadedModel, inputs: Sequence[Inputs], deadline: float | None
+    ) -> list[Answer]:
+        work = self._plane.predict(loaded, inputs, deadline)
+        # A batch on the event loop is over before a hang-up could be seen.
+        return await (work if loaded.batcher.is_inline else request.unless_gone(work))
+
+    # ---- for machines ----
+
+    async def _machines(self, request: Request, started: float) -> Response:
+        match request.path.strip("/").split("/")[1:]:
+            case []:
+                _must_be(request, "GET")
+                return self._server()
+            case ["health", "live"]:
+                _must_be(request, "GET")
+                return Response(200, b"application/json", b"{}")
+            case ["health", "ready"]:
+                _must_be(request, "GET")
+                return Response(200 if self._plane.is_ready else 503, b"application/json", b"{}")
+            case ["models", name, *rest]:
+                return await self._model(request, name, rest, started)
+            case ["repository", "index"]:
+                _must_be(request, "POST")
+                return json_response(open_inference.index(self._plane))
+            case ["repository", "models", _, "load" | "unload"]:
+                _must_be(request, "POST")
+                raise Forbidden("Loading and unloading is switched off on this service.")
+        raise NotFound("The Open Inference Protocol has no such path.")
+
+    async def _model(self, request: Request, name: str, rest: list[str], started: float) -> Response:
+        version = None
+        if rest[:1] == ["versions"] and len(rest) > 1:
+            version, rest = rest[1], rest[2:]
+        match rest:
+            case []:
+                _must_be(request, "GET")
+                loaded = self._plane.find(name, version)
+                return json_response(open_inference.model_metadata(self._plane, loaded))
+            case ["ready"]:
+                _must_be(request, "GET")
+                self._plane.find(name, version)
+                return Response(200, b"application/json", b"{}")
+            case ["config"]:
+                _must_be(request, "GET")
+                loaded = self._plane.find(name, version)
+                return json_response(open_inference.model_config(self._plane, loaded))
+            case ["infer"]:
+                _must_be(request, "POST")
+                request.asked = self._plane.find(name, version)
+                return await self._infer(request, request.asked, started)
+        raise NotFound("The Open Inference Protocol has no such path.")
+
+    def _server(self) -> Response:
+        return json_response(
+            {"name": "quintet", "version": VERSION, "extensions": list(open_inference.EXTENSIONS)}
+        )
+
+    async def _infer(self, request: Request, loaded: LoadedModel, started: float) -> Response:
+        deadline = _deadline(request, started)
+        body = await request.body(self._plane)
+        head_length = _head_length(request, len(body))
+        limit = self._plane.settings.max_inputs
+        head, inputs = await off_the_loop(len(body), _read_infer, loaded.room, body, head_length, limit)
+        asked = _asked_outputs(head)
+        wanted = open_inference.check_outputs(loaded.room, list(asked))
+        answers = await self._predict(request, loaded, inputs, deadline)
+        all_binary = _parameters(head).get("binary_data_output") is True
+        outputs, chunks = [], []
+        for output in open_inference.to_outputs(answers, wanted):
+            described: dict[str, Any] = {
+                "name": output.tensor.name,
+                "datatype": output.tensor.datatype,
+                "shape": list(output.values.shape),
+            }
+            if asked.get(output.tensor.name, all_binary):
+                chunks.append(open_inference.to_raw(output))
+                described["parameters"] = {"binary_data_size": len(chunks[-1])}
+            else:
+                described["data"] = open_inference.to_json(output)
+            outputs.append(described)
+        answer = {"model_name": loaded.room.name, "model_version": loaded.version, "outputs": outputs}
+        if isinstance(head.get("id"), str):
+            answer["id"] = head["id"]
+        if not chunks:
+            return json_response(answer)
+        text = orjson.dumps(answer)
+        length = (HEADER_LENGTH, b"%d" % len(text))
+        return Response(200, b"application/octet-stream", b"".join([text, *chunks]), (length,))
+
+
+def _must_be(request: Request, method: str) -> None:
+    if request.method != method:
+        raise WrongMethod(f"This path answers {method}.", allow=method)
+
+
+def _deadline(request: Request, started: float) -> float | None:
+    """The caller's deadline on the event loop's clock, if the request names one."""
+    value = request.headers.get(b"quintet-timeout-ms")
+    if value is None:
+        return None
+    try:
+        milliseconds = float(value)
+    except ValueError:
+        milliseconds = -1.0
+    if not 0 < milliseconds <= 86_400_000:
+        raise BadInput("Quintet-Timeout-Ms must be a number of milliseconds above 0, of a day at most.")
+    elapsed = time.perf_counter() - started
+    return asyncio.get_running_loop().time() + milliseconds / 1000 - elapsed
+
+
+def _pictures(body: bytes, kind: bytes, options: dict[bytes, bytes], limit: int) -> list[Inputs]:
+    """The pictures of a multipart or JSON body."""
+    if kind == b"multipart/form-data":
+        return [{"image": part} for part in read_multipart(body, options.get(b"boundary"), b"images", limit)]
+    if kind == b"application/json":
+        images = read_json(body)
+        if set(images) != {"images"} or not isinstance(images["images"], list):
+            raise BadInput('The JSON body must be {"images": ["<base64>", …]}.')
+        if len(images["images"]) > limit:
+            raise BadInput(f"The request has too many pictures; send at most {limit}.")
+        texts = images["images"]
+        return [{"image": _picture(text, index, len(texts))} for index, text in enumerate(texts)]
+    raise UnsupportedMediaType(
+        f"The media type is not served; send {', '.join(MEDIA_TYPES)}, application/octet-stream, "
+        "multipart/form-data or application/json."
+    )
+
+
+def _picture(text: Any, index: int, count: int) -> bytes:
+    try:
+        if isinstance(text, str):
+            return open_inference.decode_base64(text)
+        raise BadInput("A picture in JSON must be base64 text.")
+    except BadInput as error:
+        error.index = index if count > 1 else None
+        raise
+
+
+def _head_length(request: Request, body_length: int) -> int | None:
+    value = request.headers.get(HEADER_LENGTH)
+    if value is None:
+        return None
+    # Its own length first: Python refuses to read a number of thousands of digits.
+    if not value.isdigit() or len(value) > 20 or int(value) > body_length:
+        raise BadInput(
+            "Inference-Header-Content-Length must be the length of the JSON before the binary data."
+        )
+    return int(value)
+
+
+def _read_infer(
+    room: Room, body: bytes, head_length: int | None, limit: int
+) -> tuple[dict[str, Any], list[Inputs]]:
+    """An inference request's JSON head, and its inputs, from JSON or from the bytes after it."""
+    head = read_json(body if head_length is None else body[:head_length])
+    described = head.get("inputs")
+    if not isinstance(described, list) or not described:
+        raise BadInput('The request must have "inputs", a list of tensors.')
+    binary = memoryview(body)[head_length:] if head_length is not None else memoryview(b"")
+    position, tensors = 0, []
+    for one in described:
+        if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+            raise BadInput("Every input must be an object with name, shape, datatype and data.")
+        name, datatype = one["name"], one.get("datatype")
+        if not isinstance(datatype, str) or not isinstance(one.get("shape"), list):
+            raise BadInput(f'Input {name!r} must have a "datatype" and a "shape".')
+        shape = open_inference.check_shape(name, one["shape"], limit)
+        size = _parameters(one).get("binary_data_size")
+        if size is None:
+            tensors.append(open_inference.from_json(room, name, datatype, shape, one.get("data")))
+            continue
+        if type(size) is not int or not 0 <= size <= len(binary) - position:
+            raise BadInput(f"Input {name!r} says a binary_data_size that the body does not have.")
+        raw = binary[position : position + size]
+        tensors.append(open_inference.from_raw(name, datatype, shape, raw))
+        position += size
+    if position != len(binary):
+        raise BadInput("The body has more binary data than its inputs name.")
+    return head, open_inference.to_inputs(room, tensors)
+
+
+def _parameters(described: dict[str, Any]) -> dict[str, Any]:
+    parameters = described.get("parameters")
+    return parameters if isinstance(parameters, dict) else {}
+
+
+def _asked_outputs(head: dict[str, Any]) -> dict[str, bool]:
+    """The outputs asked for by name, and whether each is wanted in binary."""
+    described = head.get("outputs", [])
+    if not isinstance(described, list):
+        raise BadInput('"outputs" must be a list.')
+    asked = {}
+    default = _parameters(head).get("binary_data_output") is True
+    for one in described:
+        if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+            raise BadInput('Every output asked for must be an object with a "name".')
+        asked[one["name"]] = _parameters(one).get("binary_data", default) is True
+    return asked

@@ -1,0 +1,447 @@
+"""The real batcher, with small functions in the network's place."""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.batcher import Batcher, Row
+from service.errors import DeadlineExceeded, InternalError, Overloaded
+from service.models.spec import Sample
+
+POISON = -1
+
+
+def samples(*numbers: int) -> list[Sample]:
+    return [Sample((np.array(number),)) for number in numbers]
+
+
+def numbers_in(rows: Sequence[Row]) -> list[int]:
+    return [int(row[0]) for row in rows]
+
+
+class Doubler:
+    """Gives every number twice as large, keeps the batches, and fails where poison is in one."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __call__(self, batch: Sequence[Sample]) -> list[Row]:
+        numbers = [int(sample.tensors[0]) for sample in batch]
+        self.batches.append(numbers)
+        if POISON in numbers:
+            raise ValueError("poison")
+        return [(np.array(2 * number),) for number in numbers]
+
+
+class Gate(Doubler):
+    """A doubler that waits inside until it is told to go on; for lanes only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = threading.Semaphore(0)
+        self.may_go = threading.Semaphore(0)
+
+    def __call__(self, batch: Sequence[Sample]) -> list[Row]:
+        self.entered.release()
+        assert self.may_go.acquire(timeout=10)
+        return super().__call__(batch)
+
+    async def is_entered(self) -> None:
+        assert await asyncio.to_thread(self.entered.acquire, timeout=10)
+
+    def open(self) -> None:
+        self.may_go.release(1000)
+
+
+@pytest.fixture
+def lanes() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+@pytest.fixture(params=["inline", "in lanes"])
+def batcher_of(request: pytest.FixtureRequest, lanes: ThreadPoolExecutor) -> Callable[..., Batcher]:
+    """`batcher_of(run, max_batch=4)`, on the event loop and in threads."""
+
+    def create(run: Callable[[Sequence[Sample]], list[Row]], **options: Any) -> Batcher:
+        executor = None if request.param == "inline" else lanes
+        return Batcher(run, **{"queue_size": 1000, "max_batch": 8, "executor": executor, **options})
+
+    return create
+
+
+async def ask(batcher: Batcher, *numbers: int, deadline: float | None = None) -> list[int]:
+    """One request, from the queue's door to its rows."""
+    batcher.admit(len(numbers))
+    return numbers_in(await batcher.run(samples(*numbers), deadline))
+
+
+async def all_at_once(batcher: Batcher, *requests: Sequence[int]) -> list[Any]:
+    return await asyncio.gather(*(ask(batcher, *numbers) for numbers in requests), return_exceptions=True)
+
+
+async def a_turn_of_the_loop() -> None:
+    await asyncio.sleep(0)
+
+
+async def test_a_request_gets_its_rows_in_its_own_order(batcher_of: Callable[..., Batcher]) -> None:
+    assert await ask(batcher_of(Doubler()), 3, 1, 2) == [6, 2, 4]
+
+
+async def test_requests_of_one_moment_run_together_and_each_gets_its_own(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    double = Doubler()
+    answers = await all_at_once(batcher_of(double), [1], [2, 3], [4])
+    assert answers == [[2], [4, 6], [8]]
+    assert double.batches == [[1, 2, 3, 4]]
+
+
+async def test_a_request_larger_than_a_batch_is_split_and_put_together_again(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    double = Doubler()
+    assert await ask(batcher_of(double, max_batch=4), *range(10)) == list(range(0, 20, 2))
+    assert double.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+async def test_the_rest_of_a_split_request_is_filled_up_with_the_next_one(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    double = Doubler()
+    assert await all_at_once(batcher_of(double, max_batch=4), range(6), [6, 7]) == [
+        [0, 2, 4, 6, 8, 10],
+        [12, 14],
+    ]
+    assert double.batches == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+async def test_a_full_queue_refuses_at_once_and_only_what_is_too_much(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    double = Doubler()
+    batcher = batcher_of(double, queue_size=3)
+    batcher.admit(2)
+    with pytest.raises(Overloaded):
+        batcher.admit(2)
+    assert batcher.depth == 2
+    batcher.admit(1)
+    with pytest.raises(Overloaded):
+        batcher.admit(1)
+    assert double.batches == []
+
+
+async def test_places_come_back_when_the_work_is_done(batcher_of: Callable[..., Batcher]) -> None:
+    batcher = batcher_of(Doubler(), queue_size=3)
+    for _ in range(3):
+        assert await ask(batcher, 1, 2, 3) == [2, 4, 6]
+        assert batcher.depth == 0
+
+
+async def test_places_come_back_when_the_work_fails(batcher_of: Callable[..., Batcher]) -> None:
+    batcher = batcher_of(Doubler(), queue_size=3)
+    for _ in range(3):
+        with pytest.raises(InternalError):
+            await ask(batcher, 1, POISON, 3)
+        assert batcher.depth == 0
+
+
+async def test_places_come_back_when_preparing_fails_and_nothing_runs(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    batcher = batcher_of(Doubler(), queue_size=3)
+    batcher.admit(3)
+    batcher.release(3)
+    assert await ask(batcher, 1, 2, 3) == [2, 4, 6]
+
+
+async def test_places_come_back_when_callers_leave(batcher_of: Callable[..., Batcher]) -> None:
+    batcher = batcher_of(Doubler(), queue_size=3, window_seconds=10)
+    asking = asyncio.create_task(ask(batcher, 1, 2, 3))
+    await a_turn_of_the_loop()
+    assert batcher.depth == 3
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert batcher.depth == 0
+
+
+async def test_a_cancelled_request_is_never_run_and_its_neighbours_are(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    double = Doubler()
+    batcher = batcher_of(double)
+    first, second, third = (asyncio.create_task(ask(batcher, number)) for number in (1, 2, 3))
+    await a_turn_of_the_loop()
+    second.cancel()
+    assert await first == [2]
+    assert await third == [6]
+    assert double.batches == [[1, 3]]
+    assert batcher.depth == 0
+
+
+async def test_a_deadline_that_is_past_means_the_work_is_never_started(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    double = Doubler()
+    batcher = batcher_of(double)
+    now = asyncio.get_running_loop().time()
+    answers = await asyncio.gather(
+        ask(batcher, 1), ask(batcher, 2, deadline=now), ask(batcher, 3), return_exceptions=True
+    )
+    assert [answers[0], answers[2]] == [[2], [6]]
+    assert isinstance(answers[1], DeadlineExceeded)
+    assert double.batches == [[1, 3]]
+    assert batcher.depth == 0
+
+
+async def test_a_deadline_that_passes_in_the_queue_is_told_at_once(lanes: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    batcher = Batcher(gate, queue_size=10, max_batch=1, executor=lanes)
+    running = asyncio.create_task(ask(batcher, 1))
+    await gate.is_entered()
+    loop = asyncio.get_running_loop()
+    # The gate is still shut: only the deadline itself can have answered.
+    with pytest.raises(DeadlineExceeded):
+        await ask(batcher, 2, 3, deadline=loop.time() + 0.01)
+    assert batcher.depth == 0
+    gate.open()
+    assert await running == [2]
+    assert await ask(batcher, 4) == [8]
+    assert gate.batches == [[1], [4]]
+
+
+async def test_a_deadline_that_passes_halfway_spares_the_other_half(lanes: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    batcher = Batcher(gate, queue_size=10, max_batch=1, executor=lanes)
+    asking = asyncio.create_task(ask(batcher, 1, 2, 3, deadline=asyncio.get_running_loop().time() + 0.2))
+    await gate.is_entered()
+    with pytest.raises(DeadlineExceeded):
+        await asking
+    gate.open()
+    assert await ask(batcher, 4) == [8]
+    assert gate.batches == [[1], [4]]
+
+
+async def test_a_deadline_far_away_changes_nothing(batcher_of: Callable[..., Batcher]) -> None:
+    deadline = asyncio.get_running_loop().time() + 60
+    assert await ask(batcher_of(Doubler()), 1, deadline=deadline) == [2]
+
+
+async def test_one_poisonous_sample_fails_alone(batcher_of: Callable[..., Batcher]) -> None:
+    answers = await all_at_once(batcher_of(Doubler()), [1], [POISON], [3], [4, 5])
+    assert answers[:1] + answers[2:] == [[2], [6], [8, 10]]
+    assert isinstance(answers[1], InternalError)
+    assert answers[1].index is None
+
+
+async def test_a_poisonous_sample_among_several_is_named(batcher_of: Callable[..., Batcher]) -> None:
+    answers = await all_at_once(batcher_of(Doubler()), [1, 2], [3, 4, POISON, 5])
+    assert answers[0] == [2, 4]
+    assert isinstance(answers[1], InternalError)
+    assert answers[1].index == 2
+
+
+async def test_poison_does_not_stop_what_comes_after(batcher_of: Callable[..., Batcher]) -> None:
+    batcher = batcher_of(Doubler(), max_batch=2)
+    answers = await all_at_once(batcher, [POISON], [1], [2], [POISON], [3])
+    assert [answer for answer in answers if isinstance(answer, list)] == [[2], [4], [6]]
+    assert await ask(batcher, 7) == [14]
+
+
+@pytest.mark.parametrize("change", [-1, 1], ids=["too few", "too many"])
+async def test_a_network_with_a_wrong_number_of_rows_is_an_error_and_no_mix_up(
+    batcher_of: Callable[..., Batcher], change: int
+) -> None:
+    def run(batch: Sequence[Sample]) -> list[Row]:
+        return [(np.array(0),)] * (len(batch) + change)
+
+    batcher = batcher_of(run)
+    answers = await asyncio.wait_for(all_at_once(batcher, [1], [2]), 10)
+    assert [type(answer) for answer in answers] == [InternalError, InternalError]
+    assert batcher.depth == 0
+
+
+async def test_nobody_waits_when_nothing_runs(batcher_of: Callable[..., Batcher]) -> None:
+    double = Doubler()
+    batcher = batcher_of(double)
+    for number in range(3):
+        await ask(batcher, number)
+    assert double.batches == [[0], [1], [2]]
+
+
+async def test_a_window_waits_for_company(batcher_of: Callable[..., Batcher]) -> None:
+    double = Doubler()
+    batcher = batcher_of(double, window_seconds=0.2)
+    first = asyncio.create_task(ask(batcher, 1))
+    await asyncio.sleep(0.01)
+    assert await ask(batcher, 2) == [4]
+    assert await first == [2]
+    assert double.batches == [[1, 2]]
+
+
+async def test_a_batch_that_fills_up_does_not_wait_for_the_end_of_its_window(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    double = Doubler()
+    batcher = batcher_of(double, window_seconds=60, max_batch=3)
+    requests = [asyncio.create_task(ask(batcher, number)) for number in (1, 2, 3)]
+    assert await asyncio.wait_for(asyncio.gather(*requests), 10) == [[2], [4], [6]]
+    assert double.batches == [[1, 2, 3]]
+
+
+async def test_the_next_batch_forms_while_one_runs(lanes: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    batcher = Batcher(gate, queue_size=10, max_batch=8, executor=lanes)
+    requests = [asyncio.create_task(ask(batcher, 1))]
+    await gate.is_entered()
+    for number in (2, 3, 4):
+        requests.append(asyncio.create_task(ask(batcher, number)))
+        await a_turn_of_the_loop()
+    assert batcher.depth == 3
+    gate.open()
+    assert await asyncio.gather(*requests) == [[2], [4], [6], [8]]
+    assert gate.batches == [[1], [2, 3, 4]]
+
+
+async def test_as_many_batches_run_at_a_time_as_there_are_lanes(lanes: ThreadPoolExecutor) -> None:
+    gate = Gate()
+    batcher = Batcher(gate, queue_size=10, max_batch=1, lanes=2, executor=lanes)
+    requests = [asyncio.create_task(ask(batcher, number)) for number in (1, 2, 3)]
+    await gate.is_entered()
+    await gate.is_entered()
+    assert batcher.depth == 1
+    assert not gate.entered.acquire(timeout=0.05)
+    gate.open()
+    assert await asyncio.gather(*requests) == [[2], [4], [6]]
+
+
+async def test_never_more_batches_run_at_a_time_than_there_are_lanes(lanes: ThreadPoolExecutor) -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def run(batch: Sequence[Sample]) -> list[Row]:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.001)
+        with lock:
+            running -= 1
+        return [(np.array(0),) for _ in batch]
+
+    batcher = Batcher(run, queue_size=100, max_batch=1, lanes=2, executor=lanes)
+    await asyncio.gather(*(ask(batcher, number) for number in range(50)))
+    assert most == 2
+
+
+async def test_two_batchers_on_one_loop_take_turns() -> None:
+    turns: list[str] = []
+
+    def run_as(name: str) -> Callable[[Sequence[Sample]], list[Row]]:
+        def run(batch: Sequence[Sample]) -> list[Row]:
+            turns.append(name)
+            return [(np.array(0),) for _ in batch]
+
+        return run
+
+    one, other = (Batcher(run_as(name), queue_size=100, max_batch=1) for name in ("one", "other"))
+    await asyncio.gather(ask(one, *range(20)), ask(other, *range(20)))
+    assert turns == ["one", "other"] * 20
+
+
+async def test_other_work_on_the_loop_goes_on_between_two_inline_batches() -> None:
+    double = Doubler()
+    batcher = Batcher(double, queue_size=100, max_batch=1)
+    asking = asyncio.create_task(ask(batcher, *range(50)))
+    seen = set()
+    while not asking.done():
+        seen.add(len(double.batches))
+        await a_turn_of_the_loop()
+    assert len(seen) >= 50
+
+
+async def test_every_batch_is_reported_with_its_size_and_its_waits(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    reports: list[tuple[int, float, list[float]]] = []
+    batcher = batcher_of(
+        Doubler(),
+        max_batch=4,
+        on_batch=lambda size, compute, waits: reports.append((size, compute, list(waits))),
+    )
+    await all_at_once(batcher, [1, 2, 3], [4, 5, 6])
+    assert [size for size, _, _ in reports] == [4, 2]
+    # The second request's samples run in both batches; it has waited once.
+    assert [len(waits) for _, _, waits in reports] == [2, 0]
+    assert all(compute >= 0 and min(waits, default=0) >= 0 for _, compute, waits in reports)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_whatever_happens_everyone_gets_their_own_and_the_queue_is_empty_after(
+    batcher_of: Callable[..., Batcher], seed: int
+) -> None:
+    chance = random.Random(seed)
+    double = Doubler()
+
+    def run(batch: Sequence[Sample]) -> list[Row]:
+        if chance.random() < 0.1:
+            time.sleep(0.001)
+        return double(batch)
+
+    batcher = batcher_of(
+        run,
+        queue_size=chance.choice([5, 20, 100]),
+        max_batch=chance.choice([1, 3, 8]),
+        lanes=chance.choice([1, 2, 4]),
+        window_seconds=chance.choice([0, 0, 0.002]),
+    )
+    loop = asyncio.get_running_loop()
+    named: list[tuple[int | None, int | None]] = []
+    done: dict[str, int] = dict.fromkeys(("answered", "poisoned", "late", "refused", "left"), 0)
+
+    async def one(start: int) -> None:
+        count = chance.choice([1, 1, 1, 2, 5])
+        numbers = list(range(start, start + count))
+        if chance.random() < 0.05:
+            numbers[chance.randrange(count)] = POISON
+        is_hurried, is_leaving = chance.random() < 0.1, chance.random() < 0.1
+        deadline = loop.time() + chance.random() * 0.004 if is_hurried else None
+        await asyncio.sleep(chance.random() * 0.02)
+        asking = asyncio.create_task(ask(batcher, *numbers, deadline=deadline))
+        if is_leaving:
+            loop.call_later(chance.random() * 0.002, asking.cancel)
+        try:
+            assert await asking == [2 * number for number in numbers]
+            assert POISON not in numbers
+            done["answered"] += 1
+        except InternalError as error:
+            assert POISON in numbers
+            named.append((error.index, numbers.index(POISON) if count > 1 else None))
+            done["poisoned"] += 1
+        except DeadlineExceeded:
+            assert is_hurried
+            done["late"] += 1
+        except Overloaded:
+            done["refused"] += 1
+        except asyncio.CancelledError:
+            assert is_leaving
+            done["left"] += 1
+        assert batcher.depth >= 0
+
+    await asyncio.wait_for(asyncio.gather(*(one(100 * number) for number in range(200))), 30)
+    assert sum(done.values()) == 200
+    assert done["answered"]
+    assert all(found == meant for found, meant in named)
+    assert batcher.depth == 0
+    ran = [number for batch in double.batches for number in batch if number != POISON]
+    assert await ask(batcher, 1) == [2]
+    # Only the neighbours of poison run a second time, each of them once.
+    poisoned = {number for batch in double.batches if POISON in batch for number in batch}
+    assert all(ran.count(number) == 1 for number in set(ran) - poisoned)
