@@ -1,0 +1,141 @@
+"""Servers under test: started on free ports, watched, and gone at the end whatever happens."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import psutil
+
+from load_tests.scenarios import HOST, Server
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+
+START_SECONDS: Final = 120
+"""How long a server may take until it answers."""
+
+STOP_SECONDS: Final = 15
+"""How long a server may take to end by itself."""
+
+QUIET_SHARE: Final = 0.1
+"""A server that uses less of a core than this has finished starting."""
+
+
+class ServerFailed(Exception):
+    """A server ended, or never answered; the message has the last lines that it wrote."""
+
+
+def free_ports() -> tuple[int, int]:
+    """Two ports that nobody listens on."""
+    # Both are open before one is closed, or the kernel might name one twice.
+    with socket.socket() as one, socket.socket() as other:
+        one.bind((HOST, 0))
+        other.bind((HOST, 0))
+        return one.getsockname()[1], other.getsockname()[1]
+
+
+class Running:
+    """A server that runs, for as long as the `with` block does.
+
+    It has a process group of its own, so that Ctrl-C reaches us alone and we stop it in order.
+    """
+
+    def __init__(self, server: Server, models: Path, scratch: Path) -> None:
+        """Prepare to start `server` with the model repository `models` and its files in `scratch`."""
+        self.server = server
+        self.port, self.grpc_port = free_ports()
+        self._environment = os.environ | {
+            "QUINTET_MODELS": str(models),
+            "QUINTET_WORKERS": str(server.workers),
+            "QUINTET_GRPC_PORT": str(self.grpc_port),
+            "QUINTET_GRPC_HOST": HOST,
+            "QUINTET_DRAIN_SECONDS": "0",
+            "BENTOML_HOME": str(scratch / "bentoml"),
+            "BENTOML_DO_NOT_TRACK": "True",
+        }
+        self._log = scratch / "server.log"
+        self._family: set[psutil.Process] = set()
+
+    def __enter__(self) -> Self:
+        """Start it."""
+        command = [part.format(port=self.port) for part in self.server.command]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop it and all it started, by asking and then by force."""
+        self._meet_family()
+        try:
+            self._process.send_signal(signal.SIGTERM)
+            psutil.wait_procs(self._family, timeout=STOP_SECONDS)
+        finally:
+            for process in self._family:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._process.wait()
+
+    def _meet_family(self) -> None:
+        """Note the server's processes; workers may have process groups of their own."""
+        with suppress(psutil.NoSuchProcess):
+            head = psutil.Process(self._process.pid)
+            self._family |= {head, *head.children(recursive=True)}
+
+    def wait_until(self, answers: Callable[[], bool]) -> None:
+        """Wait until the server answers and all its workers have finished starting.
+
+        Raises:
+            ServerFailed: it ended, or took too long.
+        """
+        give_up = time.monotonic() + START_SECONDS
+        while not answers():
+            self._check(give_up)
+            time.sleep(0.1)
+        quiet_since, before = time.monotonic(), sum(self.cpu_seconds().values())
+        while time.monotonic() - quiet_since < 1:
+            self._check(give_up)
+            time.sleep(0.25)
+            now = sum(self.cpu_seconds().values())
+            if now - before > QUIET_SHARE * 0.25:
+                quiet_since = time.monotonic()
+            before = now
+
+    def _check(self, give_up: float) -> None:
+        if self._process.poll() is not None:
+            raise ServerFailed(f"{self.server.name} ended while it started:\n{self._last_lines()}")
+        if time.monotonic() > give_up:
+            raise ServerFailed(
+                f"{self.server.name} did not answer within {START_SECONDS} s:\n{self._last_lines()}"
+            )
+
+    def _last_lines(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+
+    def cpu_seconds(self) -> dict[int, float]:
+        """Processor time that each process of the server has used so far, in seconds."""
+        self._meet_family()
+        used = {}
+        for process in self._family:
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                used[process.pid] = times.user + times.system
+        return used
