@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,9 @@ from service.settings import Settings, read_settings
 
 METRICS_FOLDER: Final = "QUINTET_METRICS_FOLDER"
 """Names the folder that the workers of one server share; the supervisor makes it."""
+
+BACKLOG: Final = 2048
+"""Connections that may wait for a worker, as many as BentoML allows."""
 
 LAST_CALL_SECONDS: Final = 0.2
 """How long a connection made just before the doors closed has to send its request."""
@@ -126,8 +130,7 @@ class House:
         log.info("draining", seconds=self.settings.drain_seconds)
         await self._grpc.update_health()
         await asyncio.sleep(self.settings.drain_seconds)
-        # The supervisor holds the listening socket too: closing ours alone would leave callers
-        # waiting in a queue that nobody serves any more. Shut down, it refuses them at once.
+        # Shut down rather than closed: refused at once, callers need not find out by waiting.
         for server in getattr(self._http_server, "servers", ()):
             for listening in server.sockets:
                 with contextlib.suppress(OSError), socket.socket(fileno=os.dup(listening.fileno())) as ours:
@@ -158,6 +161,7 @@ class QuintetService(Service[Any]):
         logging.getLogger("uvicorn.access").disabled = True
         settings = read_settings()
         configure_logging(settings.log_level)
+        _listen_alone()
         self.house = House(settings)
         rest, lifespan = self.house.rest, super().to_asgi(is_main)
 
@@ -168,6 +172,29 @@ class QuintetService(Service[Any]):
                 await lifespan(scope, receive, send)
 
         return front
+
+
+def _listen_alone() -> None:
+    """Put a listening socket of this worker's own in the place of the one that all workers inherit.
+
+    Of workers that accept from one socket, the first to wake takes all that wait: under a
+    burst one of them gets every connection, and the others idle. Sockets of their own on
+    the same port (SO_REUSEPORT) have the kernel spread connections evenly.
+    """
+    if sys.platform != "linux" or "--fd" not in sys.argv:
+        return
+    inherited_number = int(sys.argv[sys.argv.index("--fd") + 1])
+    with socket.socket(fileno=os.dup(inherited_number)) as inherited:
+        inherited.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with socket.socket(inherited.family, inherited.type) as own:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            own.bind(inherited.getsockname())
+            own.listen(BACKLOG)
+            # The supervisor keeps the inherited one open; nobody may be left waiting in its queue.
+            with contextlib.suppress(OSError):
+                inherited.shutdown(socket.SHUT_RD)
+            os.dup2(own.fileno(), inherited_number)
 
 
 def _metrics_folder() -> Path:
