@@ -65,16 +65,25 @@ class Running:
     def __enter__(self) -> Self:
         """Start it."""
         command = [part.format(port=self.port) for part in self.server.command]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        # A Ctrl-C in the middle of starting would leave behind a server that nobody knows.
+        pressed: list[int] = []
+        interrupt = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+        try:
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+        if pressed:
+            self.__exit__(None, None, None)
+            raise KeyboardInterrupt
         return self
 
     def __exit__(

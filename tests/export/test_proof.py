@@ -33,6 +33,12 @@ def set_weights(graph: onnx.GraphProto, name_ends: str, change: Callable[[Array]
     weights.CopyFrom(numpy_helper.from_array(changed, weights.name))
 
 
+def last_layer(graph: onnx.GraphProto) -> Sequence[str]:
+    """The names of its weights and its bias, one row for each label."""
+    (linear,) = (node for node in graph.node if node.op_type == "Gemm")
+    return linear.input[1:]
+
+
 def insert_before(graph: onnx.GraphProto, operator: str, *nodes: onnx.NodeProto) -> None:
     """Put nodes before the first `operator`; their last output becomes its first input."""
     position = next(number for number, node in enumerate(graph.node) if node.op_type == operator)
@@ -52,7 +58,7 @@ def no_normalisation(graph: onnx.GraphProto) -> None:
 
 def swap_3_and_8(graph: onnx.GraphProto) -> None:
     order = [0, 1, 2, 8, 4, 5, 6, 7, 3, 9]
-    for name in ("12.weight", "12.bias"):
+    for name in last_layer(graph):
         set_weights(graph, name, lambda rows: rows[order])
 
 
@@ -67,7 +73,7 @@ def no_softmax(graph: onnx.GraphProto) -> None:
 
 
 def not_a_number(graph: onnx.GraphProto) -> None:
-    set_weights(graph, "12.bias", lambda bias: np.full_like(bias, np.nan))
+    set_weights(graph, last_layer(graph)[1], lambda bias: np.full_like(bias, np.nan))
 
 
 def mix_rows(graph: onnx.GraphProto) -> None:
