@@ -132,7 +132,7 @@ def surroundings(models: Path) -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
         "processor": _processor(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "versions": {library: version(library) for library in LIBRARIES},
         "wrk": generators.version("wrk"),
