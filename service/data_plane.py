@@ -4,16 +4,17 @@ It knows no protocol. A door hands it inputs by tensor name and gets answers bac
 """
 
 import asyncio
+import hmac
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import structlog
 
 from service.batcher import Batcher
-from service.errors import BadInput, NotFound, Overloaded, QuintetError, Unavailable
+from service.errors import BadInput, NotFound, Overloaded, QuintetError, Unauthenticated, Unavailable
 from service.metrics import Board, Counter, Histogram
 from service.models import MODELS
 from service.models.spec import Answer, Inputs, Room, Sample
@@ -21,10 +22,14 @@ from service.repository import ModelFiles, Repository
 from service.runtime import Network
 from service.settings import Settings
 
+LONG_WORK: Final = 128 * 1024
+"""Reading more bytes than this would keep the event loop from other callers."""
+
 QUICK_INPUTS: Final = 32
 """More inputs than this are prepared in a thread, however small each is."""
 
 log = structlog.get_logger("quintet")
+T = TypeVar("T")
 
 
 class State(Enum):
@@ -102,6 +107,7 @@ class DataPlane:
         self._models: dict[str, dict[str, LoadedModel]] = {}
         self._meters: dict[tuple[str, str, str, str], tuple[Counter, Histogram]] = {}
         self._preparers = ThreadPoolExecutor(2, "prepare")
+        self._keys = [key.get_secret_value().encode() for key in settings.api_keys]
         self._under_way = 0
         self._buffered_bytes = 0
 
@@ -210,6 +216,21 @@ class DataPlane:
         rows = await batcher.run(samples, deadline)
         return list(map(room.to_answer, rows, samples))
 
+    def check_key(self, authorization: bytes) -> None:
+        """Let in who has a key, and everybody where none is set.
+
+        Args:
+            authorization: What the caller sent under that name; empty for nothing.
+
+        Raises:
+            Unauthenticated: no key, or none of ours.
+        """
+        if not self._keys:
+            return
+        scheme, _, key = authorization.partition(b" ")
+        if scheme.lower() != b"bearer" or not any(hmac.compare_digest(key, one) for one in self._keys):
+            raise Unauthenticated("Send your key as authorization: Bearer <key>.")
+
     def enter(self) -> None:
         """Note a request at a door.
 
@@ -234,11 +255,6 @@ class DataPlane:
         if self._buffered_bytes + size > self.settings.max_buffered_bytes:
             raise Overloaded("Too many large bodies are under way; send the request again after a pause.")
         self._buffered_bytes += size
-
-    @property
-    def under_way(self) -> int:
-        """Requests that entered and are not answered yet."""
-        return self._under_way
 
     def measure(
         self,
@@ -292,3 +308,10 @@ def _prepare(room: Room, inputs: Sequence[Inputs]) -> list[Sample]:
             error.index = index if len(inputs) > 1 else None
             raise
     return samples
+
+
+async def off_the_loop(size: int, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function whose work grows with `size` bytes: here if it is short, else in a thread."""
+    if size <= LONG_WORK:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)

@@ -4,7 +4,6 @@ It decodes, asks the data plane, encodes; it decides nothing.
 """
 
 import asyncio
-import hmac
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn, TypeAlias
@@ -18,8 +17,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service import open_inference
-from service.data_plane import DataPlane, LoadedModel
-from service.errors import BadInput, Forbidden, InternalError, QuintetError, Unauthenticated
+from service.data_plane import DataPlane, LoadedModel, off_the_loop
+from service.errors import BadInput, Forbidden, InternalError, QuintetError
 from service.models.spec import Inputs, Room
 from service.open_inference import InputTensor
 from service.proto import grpc_service_pb2 as pb
@@ -41,9 +40,6 @@ CONTENTS: Final = {
 SPARE_CALLS: Final = 256
 """Calls above the plane's own limit that grpc lets in, so that the refusal is ours and names a pause."""
 
-LONG_MESSAGE: Final = 128 * 1024
-"""Reading the tensors of a longer message would keep the event loop from other callers."""
-
 log = structlog.get_logger("quintet")
 Context: TypeAlias = Any  # grpc ships no types; it is grpc.aio.ServicerContext
 
@@ -53,7 +49,6 @@ class GrpcDoor:
 
     def __init__(self, plane: DataPlane) -> None:
         self._plane = plane
-        self._keys = [key.get_secret_value() for key in plane.settings.api_keys]
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
 
@@ -134,14 +129,7 @@ class GrpcDoor:
         )
 
     def _check_key(self, context: Context) -> None:
-        if not self._keys:
-            return
-        given = dict(context.invocation_metadata() or ()).get("authorization", "")
-        scheme, _, key = given.partition(" ")
-        if scheme.lower() != "bearer" or not any(
-            hmac.compare_digest(key.encode(), one.encode()) for one in self._keys
-        ):
-            raise Unauthenticated("Send your key in the metadata: authorization: Bearer <key>.")
+        self._plane.check_key(dict(context.invocation_metadata() or ()).get("authorization", "").encode())
 
     def _model_ready(self, request: Any) -> Any:
         self._plane.find(request.name, request.version)
@@ -182,10 +170,7 @@ class GrpcDoor:
             remaining = context.time_remaining()
             deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
             limit = self._plane.settings.max_inputs
-            if request.ByteSize() <= LONG_MESSAGE:
-                inputs = _inputs(loaded.room, request, limit)
-            else:
-                inputs = await asyncio.to_thread(_inputs, loaded.room, request, limit)
+            inputs = await off_the_loop(request.ByteSize(), _inputs, loaded.room, request, limit)
             answers = await self._plane.predict(loaded, inputs, deadline)
             response = pb.ModelInferResponse(
                 model_name=loaded.room.name, model_version=loaded.version, id=request.id

@@ -15,7 +15,7 @@ import orjson
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from service.data_plane import DataPlane, LoadedModel
+from service.data_plane import DataPlane, LoadedModel, off_the_loop
 from service.errors import (
     BadInput,
     BodyTooLarge,
@@ -33,10 +33,6 @@ T = TypeVar("T")
 
 BODY_SECONDS: Final = 60
 """A body that takes longer to arrive is given up, so that slow callers cannot fill the house."""
-
-LONG_BODY: Final = 128 * 1024
-"""Parsing more bytes than this would keep the event loop from other callers."""
-
 
 MAX_MEMBERS: Final = 64
 """A gzip body may be a row of members; each more costs a copy of all that follow it."""
@@ -161,13 +157,6 @@ def _decompress(body: bytes, coding: bytes, limit: int) -> bytes:
     except zlib.error:
         raise BadInput("The body is not compressed the way its Content-Encoding says.") from None
     raise BadInput("The compressed body has too many members; compress it as one.")
-
-
-async def off_the_loop(size: int, function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function whose work grows with `size` bytes: here if it is short, else in a thread."""
-    if size <= LONG_BODY:
-        return function(*arguments)
-    return await asyncio.to_thread(function, *arguments)
 
 
 def read_json(body: bytes) -> dict[str, Any]:

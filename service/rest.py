@@ -8,7 +8,6 @@ It decodes, asks the data plane, encodes; it decides nothing. Paths:
 """
 
 import asyncio
-import hmac
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -17,14 +16,13 @@ import orjson
 import structlog
 
 from service import open_inference
-from service.data_plane import DataPlane, LoadedModel
+from service.data_plane import DataPlane, LoadedModel, off_the_loop
 from service.errors import (
     BadInput,
     Forbidden,
     InternalError,
     NotFound,
     QuintetError,
-    Unauthenticated,
     Unavailable,
     UnsupportedMediaType,
     WrongMethod,
@@ -37,7 +35,6 @@ from service.http import (
     Scope,
     Send,
     json_response,
-    off_the_loop,
     problem_response,
     read_json,
     read_multipart,
@@ -61,7 +58,6 @@ class RestDoor:
     def __init__(self, plane: DataPlane, board: Board) -> None:
         self._plane = plane
         self._board = board
-        self._keys = [key.get_secret_value().encode() for key in plane.settings.api_keys]
         self._models = {f"/{name}": name for name in MODELS}
         self._pages: dict[str, Callable[[], Response]] = {
             "/": self._index,
@@ -86,7 +82,7 @@ class RestDoor:
             self._plane.enter()
             entered = True
             if not request.path.startswith("/v2/health/"):
-                self._check_key(request)
+                self._plane.check_key(request.headers.get(b"authorization", b""))
             response = await (self._machines if is_machine else self._people)(request, started)
         except QuintetError as error:
             failure = error
@@ -136,14 +132,6 @@ class RestDoor:
     def _metrics(self) -> Response:
         self._plane.gauge()
         return Response(200, CONTENT_TYPE_LATEST.encode(), self._board.exposition())
-
-    def _check_key(self, request: Request) -> None:
-        if not self._keys:
-            return
-        given = request.headers.get(b"authorization") or b""
-        scheme, _, key = given.partition(b" ")
-        if scheme.lower() != b"bearer" or not any(hmac.compare_digest(key, one) for one in self._keys):
-            raise Unauthenticated("Send your key in the header: Authorization: Bearer <key>.")
 
     # ---- for people ----
 
