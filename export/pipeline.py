@@ -10,7 +10,6 @@ from rich.table import Table
 
 from export.card import Exported, card
 from export.errors import ExportRefused
-from export.evaluation import EVALUATIONS
 from export.proof import prove
 from export.publish import VARIANTS, publish, refuse_taken
 from export.to_onnx import TorchAnswers, to_onnx
@@ -55,11 +54,11 @@ def export(
     folder = checkpoint or _first_run(room)
     trained, facts = read_checkpoint(folder)
     _refuse_another_model(room, folder, facts)
-    evaluation = EVALUATIONS[room.name]
-    network = evaluation.head(trained)
+    story = importlib.import_module(f"training.{room.name}")
+    network = story.head(trained, facts)
     console = Console(soft_wrap=True)
     with console.status("Reading the evaluation data"):
-        exam = evaluation.exam(data, facts)
+        exam = story.exam(data, facts)
     exported = {}
     for variant in variants:
         with console.status(f"{variant}: converting"):

@@ -17,18 +17,6 @@ OPSET = 20
 BATCH_AXIS = "batch"
 
 
-class Probabilities(nn.Module):
-    """A classifier and the softmax after it, so that the graph itself gives probabilities."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The network's input to probabilities float32 [n, labels]."""
-        return torch.softmax(self.network(inputs).float(), dim=1)
-
-
 class TorchAnswers:
     """Runs a torch network on numpy arrays: what the exported graph is compared with."""
 

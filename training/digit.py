@@ -8,7 +8,7 @@ Rerun: python -m training digit --seeds 0 1 2
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from torch.nn.functional import cross_entropy, grid_sample, interpolate, max_poo
 
 from service.models.digit import DIGIT, LABELS, SIDE
 from training import card, data, fit
+from training.calibration import Probabilities
 from training.errors import TrainingError
+from training.exam import Exam, accuracy, likeliest, refuse_other_data
 
 # ---------------------------------------------------------------- data
 
@@ -323,6 +325,27 @@ def confusion(digits: Tensor, predicted: Tensor) -> npt.NDArray[np.int64]:
     pairs = digits.cpu() * len(LABELS) + predicted.cpu()
     counts = torch.bincount(pairs, minlength=len(LABELS) ** 2)
     return counts.reshape(len(LABELS), len(LABELS)).numpy()
+
+
+def head(network: nn.Module, card: Mapping[str, Any]) -> nn.Module:
+    """The trained network with the room's outputs: probabilities float32 [n, 10]."""
+    return Probabilities(network)
+
+
+def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
+    """The test half of MNIST, or of the digits that the network was trained on instead.
+
+    Args:
+        folder: The data folder; None for the usual one.
+        card: The network's card; its `data` say which digits its scores are about.
+
+    Raises:
+        TrainingError: the digits cannot be had, or are not those of the card.
+    """
+    named = card["data"]
+    images, labels = load_mnist(folder, "test", verify=named["name"] == "MNIST")
+    refuse_other_data(card, data.sha256_of(images.tobytes()))
+    return Exam(f"{named['name']} {named['split']}", (images,), labels, likeliest, accuracy)
 
 
 # ---------------------------------------------------------------- settings

@@ -13,12 +13,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from export.evaluation import EVALUATIONS
-from export.proof import Exam
-from export.to_onnx import Probabilities, to_onnx
+from export.to_onnx import to_onnx
 from service.models.digit import DIGIT
+from training import digit
 from training.card import read_checkpoint, write_checkpoint
 from training.digit import ARCHITECTURES, PUBLISHED, load_mnist, predict
+from training.exam import Exam
 
 Digits = npt.NDArray[np.uint8]
 
@@ -83,13 +83,13 @@ def checkpoint(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def network(checkpoint: Path) -> nn.Module:
     """The trained network, giving probabilities."""
-    return Probabilities(read_checkpoint(checkpoint)[0])
+    return digit.head(*read_checkpoint(checkpoint))
 
 
 @pytest.fixture(scope="session")
 def exam(checkpoint: Path, digits: Path) -> Exam:
     """What the trained network is examined on."""
-    return EVALUATIONS["digit"].exam(digits, read_checkpoint(checkpoint)[1])
+    return digit.exam(digits, read_checkpoint(checkpoint)[1])
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,11 @@ from onnx.external_data_helper import set_external_data
 from torch import nn
 
 from export.errors import ProofFailed
-from export.proof import Exam, RuntimeAnswers, prove
+from export.proof import RuntimeAnswers, prove
 from export.to_onnx import OPSET, TorchAnswers
 from service.models.digit import DIGIT
 from service.models.spec import Array
+from training.exam import Exam
 
 Sabotage = Callable[[onnx.GraphProto], None]
 

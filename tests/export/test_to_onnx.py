@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from export.proof import Exam, prove
-from export.to_onnx import OPSET, Probabilities, TorchAnswers, to_onnx
+from export.proof import prove
+from export.to_onnx import OPSET, TorchAnswers, to_onnx
 from service.models.digit import DIGIT
+from training.calibration import Probabilities
 from training.digit import ARCHITECTURES
+from training.exam import Exam
 
 
 @pytest.fixture(scope="module")

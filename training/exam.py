@@ -1,0 +1,87 @@
+"""What a model is examined on: the examples behind its card's scores, and what is asked of the answers.
+
+Each story makes its own (`exam(data, card)`), and the end of its graph (`head(network,
+card)`). Export proves a file on it before it is published, and `python -m
+training.evaluate` scores on it what ships.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from service.models.spec import Array
+from training.errors import TrainingError
+
+Rows = slice | npt.NDArray[np.int64]
+"""Which examples: a slice, or their numbers, int64 [n]."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What a network is examined on.
+
+    Attributes:
+        name: The data, for messages: `MNIST test`.
+        inputs: The network's inputs, each [examples, ...].
+        truth: What is right, one entry for each example, in the form that `score` takes.
+        decide: Outputs to what a caller acts on, [examples, ...]: two networks that are the
+            same decide the same. None where an answer holds nothing to decide.
+        score: Outputs and truth to the scores that the card shows.
+        margin: Outputs to how far each decision is from turning, in the outputs' own unit and
+            the shape of `decide`'s result. Decisions closer to that than the outputs may
+            differ are not compared. None where all are.
+        trim: A batch's inputs to the same without the padding that no row of them needs, for
+            networks that take any length. None where inputs have one size.
+        largest_difference: What two networks that are the same may differ by in any number of
+            any answer (1 for bytes, where a last bit may round the other way). None for the
+            usual.
+        largest_neighbour_difference: The same for a row alone and in company.
+    """
+
+    name: str
+    inputs: tuple[Array, ...]
+    truth: Any
+    decide: Callable[[Sequence[Array]], Array] | None
+    score: Callable[[Sequence[Array], Any], dict[str, float]]
+    margin: Callable[[Sequence[Array]], Array] | None = None
+    trim: Callable[[Sequence[Array]], list[Array]] | None = None
+    largest_difference: float | None = None
+    largest_neighbour_difference: float | None = None
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.inputs[0])
+
+    def batch(self, rows: Rows) -> list[Array]:
+        """The network's inputs for some of the examples, as they would be served: each [rows, ...]."""
+        chosen = [array[rows] for array in self.inputs]
+        return self.trim(chosen) if self.trim else chosen
+
+
+def likeliest(outputs: Sequence[Array]) -> Array:
+    """Probabilities [n, labels] to the label's index, int64 [n]."""
+    indices: Array = outputs[0].argmax(axis=1)
+    return indices
+
+
+def accuracy(outputs: Sequence[Array], truth: Array) -> dict[str, float]:
+    """The share of examples whose likeliest label is the true one."""
+    return {"accuracy": float(np.mean(likeliest(outputs) == truth))}
+
+
+def refuse_other_data(card: Mapping[str, Any], found_sha256: str) -> None:
+    """The examples found must be those that the card's scores are about.
+
+    Raises:
+        TrainingError: their checksum is not the one in the card's `data`.
+    """
+    named = card["data"]
+    if found_sha256 != named["sha256"]:
+        raise TrainingError(
+            f"{card['model']}: the checkpoint's scores are about {named['name']}, {named['split']} (sha256 "
+            f"{named['sha256'][:12]}…), and the examples found have the sha256 {found_sha256[:12]}…; name "
+            "the folder of the same data with --data, or train without --holdout."
+        )
