@@ -132,6 +132,29 @@ def decode_grey(data: bytes) -> Pixels:
     return laid
 
 
+def decode_colour(data: bytes) -> Pixels:
+    """Decode a picture to colours, uint8 [height, width, 3], red, green, blue.
+
+    It stands upright as a camera's EXIF orientation says. Grey pictures have three equal
+    channels, 16 bits become 8, and a transparent picture is laid on white paper.
+
+    Raises:
+        UnreadableImage: the bytes are damaged or of another kind.
+        TooManyPixels: the picture holds more than `MAX_PIXELS`.
+    """
+    header = read_header(data)
+    if not header.has_alpha:
+        return _decode(data, header, cv2.IMREAD_COLOR_RGB)
+    picture = _decode(data, header, cv2.IMREAD_UNCHANGED)
+    if picture.ndim == 2 or picture.shape[2] != 4:
+        return _decode(data, header, cv2.IMREAD_COLOR_RGB)
+    if picture.dtype == np.uint16:
+        picture = (picture >> 8).astype(np.uint8)
+    alpha = picture[:, :, 3].astype(np.float32) / 255
+    colour = cv2.cvtColor(picture, cv2.COLOR_BGRA2RGB)
+    return cv2.blendLinear(colour, np.full_like(colour, 255), alpha, 1 - alpha)  # type: ignore[return-value]
+
+
 def _decode(data: bytes, header: Header, flags: int) -> Pixels:
     """Decode with OpenCV, once the header has passed."""
     width, height, _ = header
