@@ -235,7 +235,16 @@ def _inputs(room: Room, request: Any, limit: int) -> list[Inputs]:
             tensors.append(open_inference.from_raw(tensor.name, tensor.datatype, shape, raw))
         else:
             tensors.append(_from_contents(tensor, shape))
-    return open_inference.to_inputs(room, tensors)
+    return open_inference.to_inputs(room, tensors, _parameters(request))
+
+
+def _parameters(described: Any) -> dict[str, Any]:
+    """A message's parameters as plain values, whichever field carries each."""
+    return {
+        name: getattr(value, chosen)
+        for name, value in described.parameters.items()
+        if (chosen := value.WhichOneof("parameter_choice"))
+    }
 
 
 def _from_contents(tensor: Any, shape: tuple[int, ...]) -> InputTensor:

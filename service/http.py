@@ -45,11 +45,12 @@ class CallerGone(Exception):
 class Request:
     """One HTTP request: what its first lines say, and its body when asked for."""
 
-    __slots__ = ("_receive", "asked", "buffered_bytes", "headers", "method", "path")
+    __slots__ = ("_receive", "asked", "buffered_bytes", "headers", "method", "path", "query")
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: bytes = scope["query_string"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.buffered_bytes = 0
         self.asked: LoadedModel | None = None

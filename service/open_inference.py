@@ -13,7 +13,7 @@ import binascii
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -146,11 +146,14 @@ def decode_base64(text: str) -> bytes:
         raise BadInput("A picture in JSON must be base64 text.") from None
 
 
-def to_inputs(room: Room, tensors: Sequence[InputTensor]) -> list[Inputs]:
+def to_inputs(room: Room, tensors: Sequence[InputTensor], parameters: Mapping[str, Any]) -> list[Inputs]:
     """Check tensors against what the room takes, and split them into one mapping per input.
 
+    The room's options ride as parameters of the request; one that is not named is left out.
+
     Raises:
-        BadInput: unknown names, a datatype or shape that is not the room's, or unequal batches.
+        BadInput: unknown names, a datatype or shape that is not the room's, unequal batches, or
+            an option out of its range.
     """
     names = {tensor.name for tensor in tensors}
     chosen = next((wanted for wanted in room.inputs if names == {tensor.name for tensor in wanted}), None)
@@ -175,7 +178,13 @@ def to_inputs(room: Room, tensors: Sequence[InputTensor]) -> list[Inputs]:
         if tensor.shape[0] != batch:
             raise BadInput("All inputs must have the same first axis.")
         columns[wanted.name] = tensor.values.reshape(batch, *shape)
-    return [{name: column[row] for name, column in columns.items()} for row in range(batch)]
+    inputs = [{name: column[row] for name, column in columns.items()} for row in range(batch)]
+    options = {
+        name: option.check(name, parameters[name])
+        for name, option in room.options.items()
+        if name in parameters
+    }
+    return [{**one, **options} for one in inputs] if options else inputs  # type: ignore[return-value]
 
 
 def check_outputs(room: Room, names: Sequence[str]) -> tuple[Tensor, ...]:

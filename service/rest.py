@@ -2,7 +2,7 @@
 
 It decodes, asks the data plane, encodes; it decides nothing. Paths:
 
-    POST /<model>                              pictures in, predictions out
+    POST /<model>                              what the room takes in, predictions out
     GET  /livez /readyz /metrics               for whoever operates the service
     /v2/…                                      the Open Inference Protocol
 """
@@ -16,6 +16,7 @@ import orjson
 import structlog
 
 from service import open_inference
+from service.bodies import Body, prefers_picture, read_query, reader_of
 from service.data_plane import DataPlane, LoadedModel, off_the_loop
 from service.errors import (
     BadInput,
@@ -24,7 +25,6 @@ from service.errors import (
     NotFound,
     QuintetError,
     Unavailable,
-    UnsupportedMediaType,
     WrongMethod,
 )
 from service.http import (
@@ -37,16 +37,13 @@ from service.http import (
     json_response,
     problem_response,
     read_json,
-    read_multipart,
     text_response,
 )
 from service.metrics import CONTENT_TYPE_LATEST, Board
 from service.models import MODELS
-from service.models.pictures import MEDIA_TYPES
 from service.models.spec import Answer, Inputs, Room
 from service.version import VERSION
 
-RAW_PICTURE: Final = frozenset([b"", b"application/octet-stream", *(kind.encode() for kind in MEDIA_TYPES)])
 HEADER_LENGTH: Final = b"inference-header-content-length"
 
 log = structlog.get_logger("quintet")
@@ -143,14 +140,18 @@ class RestDoor:
             raise WrongMethod(f"{request.path} answers POST.", allow="POST")
         request.asked = loaded = self._plane.find(name)
         deadline = _deadline(request, started)
-        body = await request.body(self._plane)
-        kind, options = request.media_type()
-        if kind in RAW_PICTURE:
-            inputs: list[Inputs] = [{"image": body}]
-        else:
-            limit = self._plane.settings.max_inputs
-            inputs = await off_the_loop(len(body), _pictures, body, kind, options, limit)
+        room = loaded.room
+        kind, parameters = request.media_type()
+        read = reader_of(room, kind)
+        options = read_query(room, request.query) if request.query or room.options else None
+        content = await request.body(self._plane)
+        body = Body(content, parameters, self._plane.settings.max_inputs)
+        inputs = await off_the_loop(len(content), read, body)
+        if options:
+            inputs = [{**one, **options} for one in inputs]
         answers = await self._predict(request, loaded, inputs, deadline)
+        if room.as_picture is not None and prefers_picture(request.headers.get(b"accept", b"")):
+            return Response(200, b"image/png", await self._plane.picture(room, inputs, answers))
         return json_response(
             {
                 "model": name,
@@ -270,34 +271,6 @@ def _deadline(request: Request, started: float) -> float | None:
     return asyncio.get_running_loop().time() + milliseconds / 1000 - elapsed
 
 
-def _pictures(body: bytes, kind: bytes, options: dict[bytes, bytes], limit: int) -> list[Inputs]:
-    """The pictures of a multipart or JSON body."""
-    if kind == b"multipart/form-data":
-        return [{"image": part} for part in read_multipart(body, options.get(b"boundary"), b"images", limit)]
-    if kind == b"application/json":
-        images = read_json(body)
-        if set(images) != {"images"} or not isinstance(images["images"], list):
-            raise BadInput('The JSON body must be {"images": ["<base64>", …]}.')
-        if len(images["images"]) > limit:
-            raise BadInput(f"The request has too many pictures; send at most {limit}.")
-        texts = images["images"]
-        return [{"image": _picture(text, index, len(texts))} for index, text in enumerate(texts)]
-    raise UnsupportedMediaType(
-        f"The media type is not served; send {', '.join(MEDIA_TYPES)}, application/octet-stream, "
-        "multipart/form-data or application/json."
-    )
-
-
-def _picture(text: Any, index: int, count: int) -> bytes:
-    try:
-        if isinstance(text, str):
-            return open_inference.decode_base64(text)
-        raise BadInput("A picture in JSON must be base64 text.")
-    except BadInput as error:
-        error.index = index if count > 1 else None
-        raise
-
-
 def _head_length(request: Request, body_length: int) -> int | None:
     value = request.headers.get(HEADER_LENGTH)
     if value is None:
@@ -338,7 +311,7 @@ def _read_infer(
         position += size
     if position != len(binary):
         raise BadInput("The body has more binary data than its inputs name.")
-    return head, open_inference.to_inputs(room, tensors)
+    return head, open_inference.to_inputs(room, tensors, _parameters(head))
 
 
 def _parameters(described: dict[str, Any]) -> dict[str, Any]:

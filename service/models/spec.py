@@ -7,11 +7,13 @@ room, so the picture a network was scored on is the picture it is served.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from service.errors import BadInput
 
 Datatype = Literal["BOOL", "UINT8", "INT32", "INT64", "FP16", "FP32", "BYTES"]
 """Datatypes by their Open Inference Protocol names; `BYTES` is a sequence of byte strings."""
@@ -72,6 +74,34 @@ class Answer(Protocol):
 
 
 @dataclass(frozen=True)
+class Option:
+    """A number that callers may send beside their inputs; it joins each of them under its name.
+
+    Attributes:
+        default: What people get who do not name it.
+        lowest: The least value that makes sense.
+        highest: The greatest.
+        words: What it does, in a sentence for people.
+    """
+
+    default: float
+    lowest: float
+    highest: float
+    words: str
+
+    def check(self, name: str, value: Any) -> float:
+        """The value, if it can be.
+
+        Raises:
+            BadInput: it is no number, or out of range.
+        """
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not self.lowest <= value <= self.highest:
+            raise BadInput(f"{name} must be a number from {self.lowest:g} to {self.highest:g}.")
+        return float(value)
+
+
+@dataclass(frozen=True)
 class Room:
     """A model, as everyone else in the project knows it.
 
@@ -88,6 +118,9 @@ class Room:
         to_answer: One row of the network's outputs and its sample to one answer.
         example: One input that the model can answer: for warming up, for documents and for tests.
         is_quick: Whether `to_tensor` of this input is short enough for the event loop.
+        options: Numbers that callers may send beside the inputs, by name.
+        as_picture: Inputs and their answers as one PNG, for people who ask for a picture; None
+            where there is none.
     """
 
     name: str
@@ -102,6 +135,8 @@ class Room:
     to_answer: Callable[[Sequence[Array], Sample], Answer]
     example: Inputs
     is_quick: Callable[[Inputs], bool] = lambda inputs: True
+    options: Mapping[str, Option] = field(default_factory=dict)
+    as_picture: Callable[[Sequence[Inputs], Sequence[Any]], bytes] | None = None
 
     def __str__(self) -> str:
         """The model's name, so that test ids and messages read well."""
