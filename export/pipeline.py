@@ -15,12 +15,10 @@ from export.publish import VARIANTS, publish, refuse_taken
 from export.to_onnx import TorchAnswers, to_onnx
 from service.models.spec import Room
 from training.card import read_checkpoint
+from training.exam import is_same_score
 
 FACTS: Final = ("scores", "data", "training", "licence", "intended_use", "limits")
 """What a version's card takes over from the checkpoint's."""
-
-SCORE_TOLERANCE: Final = 0.001
-"""Between the checkpoint's card and what is measured here: another device rounds otherwise."""
 
 
 def export(
@@ -108,7 +106,7 @@ def _refuse_other_scores(
     """The checkpoint must do what its card says it did, give or take an example."""
     for name, claimed in facts["scores"].items():
         measured = scores.get(name)
-        if measured is None or abs(measured - claimed) > max(SCORE_TOLERANCE, 1.5 / examples):
+        if measured is None or not is_same_score(claimed, measured, examples):
             raise ExportRefused(
                 f"The card in {folder} claims {name} {claimed}; measured here is {measured}, so card and "
                 "weights do not belong together. Train it anew."

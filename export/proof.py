@@ -25,6 +25,9 @@ LARGEST_DIFFERENCE = 1e-4
 LARGEST_NEIGHBOUR_DIFFERENCE = 1e-5
 """Between a row's answer alone and its answer in company."""
 
+LARGEST_SCORE_DIFFERENCE = 1e-4
+"""Between torch's score and ONNX Runtime's; some are sums of the answers, which are close, not equal."""
+
 BATCH_SIZES = (1, 2, 7, 32)
 
 BATCHES_PER_SIZE = 8
@@ -225,7 +228,9 @@ def _compare_whole_set(room: Room, candidate: Answers, reference: Answers, exam:
     )
     _refuse_other_decisions(room, exam, found, right)
     scores, wanted_scores = exam.score(found, exam.truth), exam.score(right, exam.truth)
-    if scores != wanted_scores:
+    if any(
+        not abs(scores[name] - wanted) <= LARGEST_SCORE_DIFFERENCE for name, wanted in wanted_scores.items()
+    ):
         raise ProofFailed(
             f"{room}: on {exam.name} the exported file scores {scores}; torch scores {wanted_scores}."
         )

@@ -5,18 +5,23 @@ card)`). Export proves a file on it before it is published, and `python -m
 training.evaluate` scores on it what ships.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from service.models.spec import Array
+from training.calibration import expected_calibration_error
 from training.errors import TrainingError
 
 Rows = slice | npt.NDArray[np.int64]
 """Which examples: a slice, or their numbers, int64 [n]."""
+
+SCORE_TOLERANCE: Final = 0.001
+"""Another processor rounds otherwise, which may turn a decision that was close."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,19 @@ def likeliest(outputs: Sequence[Array]) -> Array:
     return indices
 
 
-def accuracy(outputs: Sequence[Array], truth: Array) -> dict[str, float]:
-    """The share of examples whose likeliest label is the true one."""
-    return {"accuracy": float(np.mean(likeliest(outputs) == truth))}
+def classification_scores(outputs: Sequence[Array], truth: Array) -> dict[str, float]:
+    """How often the likeliest label is the true one, and how well the probabilities say so."""
+    return {
+        "accuracy": float(np.mean(likeliest(outputs) == truth)),
+        "expected_calibration_error": expected_calibration_error(outputs[0], truth),
+    }
+
+
+def is_same_score(claimed: float, measured: float, examples: int) -> bool:
+    """Whether two scores over so many examples are one, give or take rounding on another machine."""
+    return math.isclose(
+        claimed, measured, rel_tol=SCORE_TOLERANCE, abs_tol=max(SCORE_TOLERANCE, 1.5 / examples)
+    )
 
 
 def refuse_other_data(card: Mapping[str, Any], found_sha256: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from training.calibration import Probabilities, expected_calibration_error
 from training.card import note_seeds, read_checkpoint
 from training.digit import load_mnist, predict
 from training.errors import TrainingError
@@ -46,6 +47,10 @@ def test_a_run_learns_and_leaves_weights_card_and_pictures(
     accuracy = (predict(network, torch.tensor(images)).numpy() == labels).mean()
     assert card["scores"]["accuracy"] == pytest.approx(accuracy)
     assert accuracy > 0.85
+    head = Probabilities(network, card["temperature"])
+    with torch.inference_mode():
+        error = expected_calibration_error(head(torch.tensor(images)), labels)
+    assert card["scores"]["expected_calibration_error"] == pytest.approx(error, abs=1e-5)
     assert card["training"]["command"] == (
         "python -m training digit --arch cnn --epochs 4 --batch-size 50 --seed 0 --device cpu --own-data"
     )
