@@ -1,6 +1,7 @@
 """The rooms. `MODELS` is the only list of models in the project."""
 
 from service.models.digit import DIGIT
+from service.models.image import IMAGE
 from service.models.spec import Room
 
-MODELS: dict[str, Room] = {room.name: room for room in (DIGIT,)}
+MODELS: dict[str, Room] = {room.name: room for room in (DIGIT, IMAGE)}
