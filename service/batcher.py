@@ -24,12 +24,20 @@ log = structlog.get_logger("quintet")
 
 
 class Job:
-    """The samples of one request on their way through the batches."""
+    """The samples of one request on their way through the batches.
 
-    __slots__ = ("deadline", "entered", "future", "left", "next", "rows", "samples")
+    Once it is done, `rows` has one row for each sample, in order; `queue_seconds` is how long
+    the first of them waited, `compute_seconds` the time of all its batches, `batch_size` that
+    of the largest.
+    """
+
+    __slots__ = (
+        "batch_size", "compute_seconds", "deadline", "entered", "future",
+        "left", "next", "queue_seconds", "rows", "samples",
+    )  # fmt: skip
 
     def __init__(
-        self, samples: Sequence[Sample], deadline: float | None, future: "asyncio.Future[list[Row]]"
+        self, samples: Sequence[Sample], deadline: float | None, future: "asyncio.Future[None]"
     ) -> None:
         self.samples = samples
         self.deadline = deadline
@@ -38,13 +46,16 @@ class Job:
         self.next = 0
         self.rows: list[Row] = [()] * len(samples)
         self.left = len(samples)
+        self.batch_size = 0
+        self.queue_seconds = 0.0
+        self.compute_seconds = 0.0
 
     def give(self, index: int, row: Row) -> None:
         """Take the row of one sample; the last one answers the request."""
         self.rows[index] = row
         self.left -= 1
         if not self.left and not self.future.done():
-            self.future.set_result(self.rows)
+            self.future.set_result(None)
 
     def fail(self, error: QuintetError) -> None:
         """Answer the request with an error, once."""
@@ -115,8 +126,8 @@ class Batcher:
         """Give back places that `admit` gave, for samples that will not be run."""
         self.depth -= count
 
-    async def run(self, samples: Sequence[Sample], deadline: float | None) -> list[Row]:
-        """Run admitted samples; one row each, in order.
+    async def run(self, samples: Sequence[Sample], deadline: float | None) -> Job:
+        """Run admitted samples; the job, done.
 
         Args:
             samples: At least one, all admitted before.
@@ -132,7 +143,8 @@ class Batcher:
         self._jobs.append(job)
         self._book_turn()
         try:
-            return await job.future
+            await job.future
+            return job
         finally:
             if timer is not None:
                 timer.cancel()
@@ -209,11 +221,20 @@ class Batcher:
         if isinstance(result, Exception):
             self._find_culprit(batch, result)
             return
-        started = time.perf_counter() - seconds
-        waits = [started - job.entered for job, index in batch if not index]
+        started, size = time.perf_counter() - seconds, len(batch)
+        waits = []
+        last: Job | None = None
         for (job, index), row in zip(batch, result, strict=True):
+            if job is not last:
+                last = job
+                job.compute_seconds += seconds
+                if size > job.batch_size:
+                    job.batch_size = size
+                if not index:
+                    job.queue_seconds = started - job.entered
+                    waits.append(job.queue_seconds)
             job.give(index, row)
-        self._on_batch(len(batch), seconds, waits)
+        self._on_batch(size, seconds, waits)
 
     def _find_culprit(self, batch: list[Slot], error: Exception) -> None:
         """Run a failed batch again, sample by sample, so that only the sample at fault fails."""

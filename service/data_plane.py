@@ -6,16 +6,17 @@ It knows no protocol. A door hands it inputs by tensor name and gets answers bac
 import asyncio
 import hmac
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 
 from service.batcher import Batcher
 from service.errors import BadInput, NotFound, Overloaded, QuintetError, Unauthenticated, Unavailable
-from service.metrics import Board, Counter, Histogram
+from service.metrics import Board, Counter, Histogram, Tally
 from service.models import MODELS
 from service.models.spec import Answer, Inputs, Room, Sample
 from service.repository import ModelFiles, Repository
@@ -40,6 +41,84 @@ class State(Enum):
     DRAINING = "draining"
 
 
+class Meters:
+    """The numbers of one model version, on the board."""
+
+    def __init__(self, board: Board, model: str, version: str) -> None:
+        self._board = board
+        self._labels = (model, version)
+        self._inferences = board.counter("quintet_inferences", *self._labels)
+        self._batch_size = board.histogram("quintet_batch_size", *self._labels)
+        self._compute_seconds = board.histogram("quintet_compute_seconds", *self._labels)
+        self._queue_seconds = board.histogram("quintet_queue_seconds", *self._labels)
+        self.preprocess_seconds = board.histogram("quintet_preprocess_seconds", *self._labels)
+        self.postprocess_seconds = board.histogram("quintet_postprocess_seconds", *self._labels)
+        self._requests_computed = board.tally("requests_computed", *self._labels)
+        self._last_inference = board.gauge("last_inference", *self._labels)
+        self._batches: dict[int, Tally] = {}
+
+    def batch_ran(self, size: int, compute_seconds: float, queue_seconds: Sequence[float]) -> None:
+        """Count a batch; `queue_seconds` are those of the requests that began in it."""
+        self._inferences.add(size)
+        self._batch_size.observe(size)
+        self._compute_seconds.observe(compute_seconds)
+        for seconds in queue_seconds:
+            self._queue_seconds.observe(seconds)
+        requests = len(queue_seconds)
+        self._requests_computed.add(compute_seconds * requests, requests)
+        self._last_inference.set(time.time())
+        batches = self._batches.get(size)
+        if batches is None:
+            batches = self._batches[size] = self._board.tally("batches", *self._labels, str(size))
+        batches.add(compute_seconds)
+
+
+@dataclass(frozen=True)
+class Lapse:
+    """How often something happened, and the seconds it took in all."""
+
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a model version has done since the server started, in all workers together.
+
+    Attributes:
+        inferences: Inputs answered.
+        executions: Batches run.
+        last_inference: When a batch last ran, in seconds since 1970; 0 for never.
+        success: Requests answered.
+        fail: Requests refused or failed.
+        queue: Requests' waiting for a batch.
+        compute_input: Turning requests' inputs into tensors.
+        compute_infer: Requests' batches running the network.
+        compute_output: Turning rows into answers.
+        batches: Batches by their size.
+    """
+
+    inferences: int
+    executions: int
+    last_inference: float
+    success: Lapse
+    fail: Lapse
+    queue: Lapse
+    compute_input: Lapse
+    compute_infer: Lapse
+    compute_output: Lapse
+    batches: dict[int, Lapse]
+
+
+class Predicted(NamedTuple):
+    """Answers, one for each input, in order, and how they came about (as `Job` says it)."""
+
+    answers: list[Answer]
+    batch_size: int
+    queue_seconds: float
+    compute_seconds: float
+
+
 class LoadedModel:
     """One version of one model, ready to answer."""
 
@@ -55,12 +134,8 @@ class LoadedModel:
         sample = room.to_tensor(room.example)
         self.network.warm_up(sample)
         room.to_answer(self.network.run([sample])[0], sample)
-        self._board = board
-        self._inferences = board.counter("quintet_inferences", room.name, self.version)
-        self._compute_seconds = board.histogram("quintet_compute_seconds", room.name)
-        self._queue_seconds = board.histogram("quintet_queue_seconds", room.name)
-        self._batch_size = board.histogram("quintet_batch_size", room.name)
-        self.preprocess_seconds = board.histogram("quintet_preprocess_seconds", room.name)
+        # Nothing here refers back to this object: when its last request ends, it goes at once.
+        self.meters = Meters(board, room.name, self.version)
         seconds = self.network.seconds_per_input
         fits_inline = max(1, int(settings.inline_ms / 1000 / seconds))
         # A batch on the event loop must stay short, or everybody else waits for it.
@@ -73,23 +148,17 @@ class LoadedModel:
             window_seconds=settings.batch_window_ms / 1000,
             lanes=settings.lanes,
             executor=self._lanes,
-            on_batch=self._measure,
+            on_batch=self.meters.batch_ran,
         )
-        board.gauge(
+        self._workers = board.gauge(
             "quintet_model_info",
             room.name,
             self.version,
             files.variant,
             self.network.provider,
             files.card["files"][files.variant]["sha256"],
-        ).set(1)
-
-    def _measure(self, size: int, compute_seconds: float, queue_seconds: Sequence[float]) -> None:
-        self._inferences.add(size)
-        self._batch_size.observe(size)
-        self._compute_seconds.observe(compute_seconds)
-        for seconds in queue_seconds:
-            self._queue_seconds.observe(seconds)
+        )
+        self._workers.set(1)
 
     def close(self) -> None:
         """Let the lanes go."""
@@ -173,6 +242,18 @@ class DataPlane:
             raise NotFound(f"The model {model} has no such version; it has {', '.join(versions)}.")
         return found
 
+    def find_all(self, model: str, version: str = "") -> list[LoadedModel]:
+        """The versions of a model, or the one asked for; without a name, every model's.
+
+        Raises:
+            NotFound: there is no such model or version.
+            Unavailable: starting, draining, or the model is not loaded.
+        """
+        if not model:
+            return self.models()
+        found = self.find(model, version)
+        return [found] if version else list(self._models[model].values())
+
     def models(self) -> list[LoadedModel]:
         """Every model version that is loaded."""
         return [loaded for versions in self._models.values() for loaded in versions.values()]
@@ -183,7 +264,7 @@ class DataPlane:
 
     async def predict(
         self, loaded: LoadedModel, inputs: Sequence[Inputs], deadline: float | None
-    ) -> list[Answer]:
+    ) -> Predicted:
         """Answer inputs: one answer each, in order, whatever they were batched with.
 
         Args:
@@ -212,9 +293,12 @@ class DataPlane:
         except BaseException:
             batcher.release(count)
             raise
-        loaded.preprocess_seconds.observe(time.perf_counter() - started)
-        rows = await batcher.run(samples, deadline)
-        return list(map(room.to_answer, rows, samples))
+        loaded.meters.preprocess_seconds.observe(time.perf_counter() - started)
+        job = await batcher.run(samples, deadline)
+        started = time.perf_counter()
+        answers = list(map(room.to_answer, job.rows, samples))
+        loaded.meters.postprocess_seconds.observe(time.perf_counter() - started)
+        return Predicted(answers, job.batch_size, job.queue_seconds, job.compute_seconds)
 
     async def picture(self, room: Room, inputs: Sequence[Inputs], answers: Sequence[Answer]) -> bytes:
         """Answers as one PNG, of a room that gives pictures."""
@@ -276,13 +360,18 @@ class DataPlane:
         if meters is None:
             meters = self._meters[model, version, protocol, outcome] = (
                 self._board.counter("quintet_requests", model, version, protocol, outcome),
-                self._board.histogram("quintet_request_seconds", model, protocol),
+                self._board.histogram("quintet_request_seconds", model, version, protocol, outcome),
             )
         requests, request_seconds = meters
         requests.add()
         request_seconds.observe(time.perf_counter() - started)
         if error is not None and error.rejection is not None:
             self._board.counter("quintet_rejected", error.rejection).add()
+
+    def statistics(self, loaded: Sequence[LoadedModel]) -> list[Statistics]:
+        """What each of these model versions has done, in all workers; reads files."""
+        sums = self._board.sums()
+        return [_statistics(sums, (one.room.name, one.version)) for one in loaded]
 
     def gauge(self) -> None:
         """Say how full this worker is."""
@@ -302,6 +391,42 @@ class DataPlane:
         for loaded in self.models():
             loaded.close()
         self._preparers.shutdown(wait=False, cancel_futures=True)
+
+
+def _statistics(
+    sums: Mapping[str, Mapping[tuple[str, ...], Sequence[float]]], labels: tuple[str, str]
+) -> Statistics:
+    """The statistics of one (model, version), out of the board's sums."""
+
+    def number(family: str) -> float:
+        return sums[family].get(labels, (0.0,))[0]
+
+    def histogram(family: str, *outcomes: Sequence[float]) -> Lapse:
+        series = outcomes or (sums[family].get(labels, (0.0, 0.0)),)
+        return Lapse(sum(int(sum(one[:-1])) for one in series), sum(one[-1] for one in series))
+
+    requests: dict[bool, list[Sequence[float]]] = {True: [(0.0, 0.0)], False: [(0.0, 0.0)]}
+    for (model, version, _, outcome), cells in sums["quintet_request_seconds"].items():
+        if (model, version) == labels:
+            requests[outcome == "ok"].append(cells)
+    computed, computed_seconds = sums["requests_computed"].get(labels, (0.0, 0.0))
+    batches = {
+        int(size): Lapse(int(count), seconds)
+        for (model, version, size), (count, seconds) in sums["batches"].items()
+        if (model, version) == labels
+    }
+    return Statistics(
+        inferences=int(number("quintet_inferences")),
+        executions=sum(lapse.count for lapse in batches.values()),
+        last_inference=number("last_inference"),
+        success=histogram("quintet_request_seconds", *requests[True]),
+        fail=histogram("quintet_request_seconds", *requests[False]),
+        queue=histogram("quintet_queue_seconds"),
+        compute_input=histogram("quintet_preprocess_seconds"),
+        compute_infer=Lapse(int(computed), computed_seconds),
+        compute_output=histogram("quintet_postprocess_seconds"),
+        batches=dict(sorted(batches.items())),
+    )
 
 
 def _prepare(room: Room, inputs: Sequence[Inputs]) -> list[Sample]:

@@ -12,6 +12,7 @@
     ├── UnsupportedMediaType    415  INVALID_ARGUMENT
     ├── Overloaded              429  RESOURCE_EXHAUSTED   (Retry-After)
     ├── Unavailable             503  UNAVAILABLE          (Retry-After)
+    ├── NotSupported            501  UNIMPLEMENTED
     ├── DeadlineExceeded        504  DEADLINE_EXCEEDED
     └── InternalError           500  INTERNAL             (an id that the log has too)
 
@@ -136,6 +137,14 @@ class Unavailable(QuintetError):
     title = "Unavailable"
     rejection = "unavailable"
     retry_after_seconds = 1
+
+
+class NotSupported(QuintetError):
+    """A part of the Open Inference Protocol's extensions that this service does not offer."""
+
+    status = HTTPStatus.NOT_IMPLEMENTED
+    grpc_status = "UNIMPLEMENTED"
+    title = "Not supported"
 
 
 class DeadlineExceeded(QuintetError):

@@ -4,8 +4,10 @@ It decodes, asks the data plane, encodes; it decides nothing.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from inspect import isawaitable
 from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
@@ -18,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from service import open_inference
 from service.data_plane import DataPlane, LoadedModel, off_the_loop
-from service.errors import BadInput, Forbidden, InternalError, QuintetError
+from service.errors import BadInput, Forbidden, InternalError, NotSupported, QuintetError
 from service.models.spec import Inputs, Room
 from service.open_inference import InputTensor
 from service.proto import grpc_service_pb2 as pb
@@ -36,6 +38,17 @@ CONTENTS: Final = {
     "BYTES": "bytes_contents",
 }
 """The field of `InferTensorContents` that carries each datatype; FP16 travels raw only."""
+
+NOT_SUPPORTED: Final = {
+    "TraceSetting": "Tracing is",
+    "LogSettings": "Log settings are",
+    **{f"{kind}SharedMemory{call}": "Shared memory is" for kind in ("System", "Cuda")
+       for call in ("Status", "Register", "Unregister")},
+}  # fmt: skip
+"""Triton's calls that we have no answer for: they say so, whatever they are sent."""
+
+STREAM_AHEAD: Final = 64
+"""Requests of one stream that may be under way at a time."""
 
 SPARE_CALLS: Final = 256
 """Calls above the plane's own limit that grpc lets in, so that the refusal is ours and names a pause."""
@@ -99,19 +112,28 @@ class GrpcDoor:
             "ServerMetadata": self._server_metadata,
             "ModelMetadata": self._model_metadata,
             "ModelConfig": self._model_config,
+            "ModelStatistics": self._model_statistics,
             "RepositoryIndex": self._repository_index,
             "RepositoryModelLoad": self._forbidden,
             "RepositoryModelUnload": self._forbidden,
         }
         methods = {name: self._unary(name, self._plain(call)) for name, call in calls.items()}
         methods["ModelInfer"] = self._unary("ModelInfer", self._infer)
+        methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self._stream,
+            request_deserializer=_lenient(pb.ModelInferRequest.FromString),
+            response_serializer=pb.ModelStreamInferResponse.SerializeToString,
+        )
+        for name, words in NOT_SUPPORTED.items():
+            methods[name] = grpc.unary_unary_rpc_method_handler(self._not_supported(words))
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     def _plain(self, call: Callable[[Any], Any]) -> Callable[[Any, Context], Awaitable[Any]]:
         async def answer(request: Any, context: Context) -> Any:
             try:
                 self._check_key(context)
-                return call(_whole(request))
+                answered = call(_whole(request))
+                return await answered if isawaitable(answered) else answered
             except QuintetError as error:
                 failure = error
             except Exception:
@@ -149,6 +171,11 @@ class GrpcDoor:
         config = open_inference.model_config(self._plane, loaded)
         return json_format.ParseDict({"config": config}, pb.ModelConfigResponse())
 
+    async def _model_statistics(self, request: Any) -> Any:
+        loaded = self._plane.find_all(request.name, request.version)
+        statistics = await asyncio.to_thread(open_inference.statistics, self._plane, loaded)
+        return json_format.ParseDict(statistics, pb.ModelStatisticsResponse())
+
     def _repository_index(self, request: Any) -> Any:
         models = open_inference.index(self._plane)
         return json_format.ParseDict({"models": models}, pb.RepositoryIndexResponse())
@@ -156,31 +183,84 @@ class GrpcDoor:
     def _forbidden(self, request: Any) -> Any:
         raise Forbidden("Loading and unloading is switched off on this service.")
 
+    def _not_supported(self, words: str) -> Callable[[bytes, Context], Awaitable[NoReturn]]:
+        async def answer(request: bytes, context: Context) -> NoReturn:
+            await _abort(context, NotSupported(f"{words} not supported by this service."))
+
+        return answer
+
     async def _infer(self, request: Any, context: Context) -> Any:
+        response, failure = await self._answered(request, context)
+        if failure is not None:
+            await _abort(context, failure)
+        return response
+
+    async def _stream(self, requests: AsyncIterable[Any], context: Context) -> AsyncIterator[Any]:
+        """Answer the requests of a stream in their order, several of them under way at a time.
+
+        One that fails is told so in its answer; the stream goes on.
+        """
+        under_way: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(STREAM_AHEAD)
+
+        async def read() -> None:
+            # However the requests end, what came before is answered.
+            with contextlib.suppress(Exception):
+                async for request in requests:
+                    await under_way.put(asyncio.create_task(self._stream_answer(request, context)))
+            await under_way.put(None)
+
+        reading = asyncio.create_task(read())
+        try:
+            while True:
+                answering = await under_way.get()
+                if answering is None:
+                    return
+                yield await answering
+        finally:
+            reading.cancel()
+            while not under_way.empty():
+                left = under_way.get_nowait()
+                if left is not None:
+                    left.cancel()
+
+    async def _stream_answer(self, request: Any, context: Context) -> Any:
+        response, failure = await self._answered(request, context)
+        if failure is not None:
+            whose = pb.ModelInferResponse(id=request.id) if request is not None else None
+            return pb.ModelStreamInferResponse(error_message=failure.detail, infer_response=whose)
+        if _parameters(request).get("triton_enable_empty_final_response") is True:
+            # Ours is the first response and the last; a stream's reader may wait for this mark.
+            response.parameters["triton_final_response"].bool_param = True
+        return pb.ModelStreamInferResponse(infer_response=response)
+
+    async def _answered(self, request: Any, context: Context) -> tuple[Any, QuintetError | None]:
+        """The response to an inference request, or why there is none."""
         started = time.perf_counter()
         loaded: LoadedModel | None = None
         failure: QuintetError | None = None
+        response: Any = None
         entered = False
         try:
             self._plane.enter()
             entered = True
             self._check_key(context)
             loaded = self._plane.find(_whole(request).model_name, request.model_version)
-            wanted = open_inference.check_outputs(loaded.room, [output.name for output in request.outputs])
+            wanted = open_inference.wanted_outputs(
+                loaded.room, [(output.name, _parameters(output)) for output in request.outputs]
+            )
             remaining = context.time_remaining()
             deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
             limit = self._plane.settings.max_inputs
             inputs = await off_the_loop(request.ByteSize(), _inputs, loaded.room, request, limit)
-            answers = await self._plane.predict(loaded, inputs, deadline)
+            answers = (await self._plane.predict(loaded, inputs, deadline)).answers
             response = pb.ModelInferResponse(
                 model_name=loaded.room.name, model_version=loaded.version, id=request.id
             )
-            for output in open_inference.to_outputs(answers, wanted):
+            for _, output in open_inference.to_outputs(loaded.room, answers, wanted):
                 response.outputs.add(
                     name=output.tensor.name, datatype=output.tensor.datatype, shape=output.values.shape
                 )
                 response.raw_output_contents.append(open_inference.to_raw(output))
-            return response
         except QuintetError as error:
             failure = error
         except asyncio.CancelledError:
@@ -194,7 +274,7 @@ class GrpcDoor:
                 self._plane.leave()
             if loaded is not None or failure is not None:
                 self._plane.measure(PROTOCOL, loaded, started, failure)
-        await _abort(context, failure)
+        return response, failure
 
 
 def _lenient(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -230,6 +310,8 @@ def _inputs(room: Room, request: Any, limit: int) -> list[Inputs]:
     tensors = []
     for position, tensor in enumerate(request.inputs):
         shape = open_inference.check_shape(tensor.name, tensor.shape, limit)
+        if tensor.parameters:
+            open_inference.refuse_shared_memory(_parameters(tensor))
         if raws:
             raw = raws[position]
             tensors.append(open_inference.from_raw(tensor.name, tensor.datatype, shape, raw))

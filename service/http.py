@@ -160,6 +160,26 @@ def _decompress(body: bytes, coding: bytes, limit: int) -> bytes:
     raise BadInput("The compressed body has too many members; compress it as one.")
 
 
+def wanted_coding(accept_encoding: bytes) -> bytes | None:
+    """The content coding to answer with, of those that a caller takes (RFC 9110, section 12.5.3)."""
+    weights = {}
+    for one in accept_encoding.lower().split(b","):
+        name, _, parameter = one.partition(b";")
+        try:
+            weights[name.strip()] = float(parameter.strip().removeprefix(b"q=") or 1)
+        except ValueError:
+            weights[name.strip()] = 0.0
+    best = max((b"gzip", b"deflate"), key=lambda coding: weights.get(coding, 0.0))
+    return best if weights.get(best, 0.0) > 0 else None
+
+
+def compress(body: bytes, coding: bytes) -> bytes:
+    """A body as gzip or deflate (which in HTTP has zlib's wrapper), quickly rather than smallest."""
+    wbits = 31 if coding == b"gzip" else 15
+    compressor = zlib.compressobj(level=1, wbits=wbits)
+    return compressor.compress(body) + compressor.flush()
+
+
 def read_json(body: bytes) -> dict[str, Any]:
     """A JSON object.
 

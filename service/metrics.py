@@ -5,6 +5,10 @@ so counting costs one addition, and whichever worker is asked for `/metrics` see
 workers' cells as they are this moment. A second file says what each cell means.
 Labels come from closed sets only (model, version, protocol, outcome), so the files
 stay small for ever.
+
+Of two kinds of series only the Open Inference Protocol's statistics have a use: tallies
+(a count and its seconds) and moments (the latest of all workers counts). Prometheus does
+not see them.
 """
 
 import json
@@ -24,16 +28,16 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
-__all__ = ["CONTENT_TYPE_LATEST", "Board", "Counter", "Gauge", "Histogram", "MetricsFull"]
+__all__ = ["CONTENT_TYPE_LATEST", "Board", "Counter", "Gauge", "Histogram", "MetricsFull", "Tally"]
 
-CELLS: Final = 16_384
+CELLS: Final = 65_536
 SECONDS: Final = (
     0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-Kind = Literal["counter", "gauge", "histogram"]
-T = TypeVar("T", "Counter", "Gauge", "Histogram")
+Kind = Literal["counter", "gauge", "histogram", "tally", "moment"]
+T = TypeVar("T", "Counter", "Gauge", "Histogram", "Tally")
 FAMILIES: Final[dict[str, tuple[Kind, str, tuple[str, ...], tuple[float, ...]]]] = {
     "quintet_requests": (
         "counter",
@@ -44,19 +48,30 @@ FAMILIES: Final[dict[str, tuple[Kind, str, tuple[str, ...], tuple[float, ...]]]]
     "quintet_request_seconds": (
         "histogram",
         "From the first byte of a request to its answer.",
-        ("model", "protocol"),
+        ("model", "version", "protocol", "outcome"),
         SECONDS,
     ),
     "quintet_inferences": ("counter", "Inputs that a network has answered.", ("model", "version"), ()),
     "quintet_preprocess_seconds": (
         "histogram",
         "Turning a request's inputs into tensors.",
-        ("model",),
+        ("model", "version"),
         SECONDS,
     ),
-    "quintet_queue_seconds": ("histogram", "Waiting for a batch.", ("model",), SECONDS),
-    "quintet_compute_seconds": ("histogram", "Running the network on one batch.", ("model",), SECONDS),
-    "quintet_batch_size": ("histogram", "Inputs that ran together.", ("model",), BATCH_SIZES),
+    "quintet_queue_seconds": ("histogram", "Waiting for a batch.", ("model", "version"), SECONDS),
+    "quintet_compute_seconds": (
+        "histogram",
+        "Running the network on one batch.",
+        ("model", "version"),
+        SECONDS,
+    ),
+    "quintet_postprocess_seconds": (
+        "histogram",
+        "Turning a request's rows into answers.",
+        ("model", "version"),
+        SECONDS,
+    ),
+    "quintet_batch_size": ("histogram", "Inputs that ran together.", ("model", "version"), BATCH_SIZES),
     "quintet_queue_depth": ("gauge", "Inputs that wait for a batch now.", ("model",), ()),
     "quintet_in_flight": ("gauge", "Requests under way now.", (), ()),
     "quintet_rejected": ("counter", "Requests refused before any work was done.", ("reason",), ()),
@@ -66,7 +81,18 @@ FAMILIES: Final[dict[str, tuple[Kind, str, tuple[str, ...], tuple[float, ...]]]]
         ("model", "version", "precision", "provider", "sha256"),
         (),
     ),
+    "requests_computed": (
+        "tally",
+        "Requests whose batch ran, each with its batch's time.",
+        ("model", "version"),
+        (),
+    ),
+    "batches": ("tally", "Batches of one size.", ("model", "version", "size"), ()),
+    "last_inference": ("moment", "When a batch last ran, in seconds since 1970.", ("model", "version"), ()),
 }
+
+PUBLIC: Final = frozenset(name for name in FAMILIES if name.startswith("quintet_"))
+"""What Prometheus sees."""
 
 
 class MetricsFull(Exception):
@@ -114,6 +140,21 @@ class Histogram:
         self._cells[self._sum] += value
 
 
+class Tally:
+    """How often something happened, and the seconds it took in all."""
+
+    __slots__ = ("_cells", "_slot")
+
+    def __init__(self, cells: "memoryview[float]", slot: int) -> None:
+        self._cells = cells
+        self._slot = slot
+
+    def add(self, seconds: float, count: int = 1) -> None:
+        """Count `count` more, of `seconds` together."""
+        self._cells[self._slot] += count
+        self._cells[self._slot + 1] += seconds
+
+
 class Board(Collector):
     """All series of one worker, and the sum over every worker's."""
 
@@ -121,7 +162,7 @@ class Board(Collector):
         """Keep this worker's cells in `folder`, which its sister workers share."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._series: dict[tuple[str, tuple[str, ...]], Counter | Histogram] = {}
+        self._series: dict[tuple[str, tuple[str, ...]], Counter | Histogram | Tally] = {}
         self._used = 0
         stem = str(os.getpid())
         with (folder / f"{stem}.cells").open("w+b") as file:
@@ -144,6 +185,10 @@ class Board(Collector):
         """The histogram `name` for these label values."""
         return self._get(name, labels, Histogram)
 
+    def tally(self, name: str, *labels: str) -> Tally:
+        """The tally `name` for these label values."""
+        return self._get(name, labels, Tally)
+
     def _get(self, name: str, labels: tuple[str, ...], kind: type[T]) -> T:
         found = self._series.get((name, labels))
         if found is None:
@@ -151,10 +196,10 @@ class Board(Collector):
         assert isinstance(found, kind), f"{name} is not a {kind.__name__}"
         return found
 
-    def _create(self, name: str, labels: tuple[str, ...]) -> Counter | Histogram:
+    def _create(self, name: str, labels: tuple[str, ...]) -> Counter | Histogram | Tally:
         kind, _, label_names, bounds = FAMILIES[name]
         assert len(labels) == len(label_names), f"{name} is labelled by {label_names}"
-        size = len(bounds) + 2 if kind == "histogram" else 1
+        size = _cells_of(name)
         if self._used + size > CELLS:
             raise MetricsFull(name)
         slot, self._used = self._used, self._used + size
@@ -162,37 +207,55 @@ class Board(Collector):
         self._names.flush()
         if kind == "histogram":
             return Histogram(self._cells, slot, bounds)
-        return (Gauge if kind == "gauge" else Counter)(self._cells, slot)
+        if kind == "tally":
+            return Tally(self._cells, slot)
+        return (Counter if kind == "counter" else Gauge)(self._cells, slot)
 
     def exposition(self) -> bytes:
         """All workers' numbers in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Metric]:
-        """Add up the cells of all workers; gauges count only workers that still live."""
+        """What Prometheus sees."""
+        sums = self.sums()
+        for name in FAMILIES:
+            if name in PUBLIC:
+                yield _family(name, sums[name])
+
+    def sums(self) -> dict[str, dict[tuple[str, ...], list[float]]]:
+        """All workers' cells together, by family and label values.
+
+        Gauges count only workers that still live; of moments the latest counts.
+        """
         sums: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in FAMILIES}
         for pid, name, labels, values in self._all_workers():
-            if FAMILIES[name][0] == "gauge" and not _is_alive(pid):
+            kind = FAMILIES[name][0]
+            if kind == "gauge" and not _is_alive(pid):
                 continue
             total = sums[name].setdefault(labels, [0.0] * len(values))
             for position, value in enumerate(values):
-                total[position] += value
-        for name, series in sums.items():
-            yield _family(name, series)
+                total[position] = max(total[position], value) if kind == "moment" else total[position] + value
+        return sums
 
     def _all_workers(self) -> Iterator[tuple[int, str, tuple[str, ...], list[float]]]:
         for names_file in sorted(self._folder.glob("*.names")):
-            cells: memoryview[float] = memoryview(names_file.with_suffix(".cells").read_bytes()).cast("d")
-            for line in names_file.read_text(encoding="utf-8").splitlines():
-                name, labels, slot = json.loads(line)
-                kind, _, _, bounds = FAMILIES[name]
-                size = len(bounds) + 2 if kind == "histogram" else 1
-                values = [cells[position] for position in range(slot, slot + size)]
+            series = [json.loads(line) for line in names_file.read_text(encoding="utf-8").splitlines()]
+            used = max((slot + _cells_of(name) for name, _, slot in series), default=0)
+            with names_file.with_suffix(".cells").open("rb") as file:
+                cells: memoryview[float] = memoryview(file.read(used * 8)).cast("d")
+            for name, labels, slot in series:
+                values = list(cells[slot : slot + _cells_of(name)])
                 yield int(names_file.stem), name, tuple(labels), values
 
     def close(self) -> None:
         """Let go of the files; the numbers stay for the sister workers to show."""
         self._names.close()
+
+
+def _cells_of(name: str) -> int:
+    """How many cells a series of this family takes."""
+    kind, _, _, bounds = FAMILIES[name]
+    return len(bounds) + 2 if kind == "histogram" else 2 if kind == "tally" else 1
 
 
 def _family(name: str, series: dict[tuple[str, ...], list[float]]) -> Metric:

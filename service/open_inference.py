@@ -15,11 +15,11 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from service.data_plane import DataPlane, LoadedModel
+from service.data_plane import DataPlane, Lapse, LoadedModel
 from service.errors import BadInput
 from service.models.spec import NUMPY_TYPES, Answer, Array, Inputs, Room, Tensor
 
@@ -28,7 +28,16 @@ MAX_ELEMENTS: Final = 1 << 31
 
 PLATFORM: Final = "onnxruntime_onnx"
 
-EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository")
+EXTENSIONS: Final = (
+    "classification",
+    "model_repository",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+)
+
+MAX_CLASSES: Final = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -187,26 +196,84 @@ def to_inputs(room: Room, tensors: Sequence[InputTensor], parameters: Mapping[st
     return [{**one, **options} for one in inputs] if options else inputs  # type: ignore[return-value]
 
 
-def check_outputs(room: Room, names: Sequence[str]) -> tuple[Tensor, ...]:
-    """The outputs asked for by name, or all of them.
+class Wanted(NamedTuple):
+    """An output as the caller wants it: `classes` likeliest values with their labels, or (0) all values."""
+
+    tensor: Tensor
+    is_binary: bool = False
+    classes: int = 0
+
+
+def wanted_outputs(
+    room: Room, asked: Sequence[tuple[str, Mapping[str, Any]]], *, is_binary: bool = False
+) -> list[Wanted]:
+    """The outputs asked for by name and parameters, or all of them.
 
     Raises:
-        BadInput: the room gives no such output.
+        BadInput: the room gives no such output, or not in that way.
     """
+    if not asked:
+        return [Wanted(tensor, is_binary) for tensor in room.outputs]
     known = {tensor.name: tensor for tensor in room.outputs}
-    for name in names:
-        if name not in known:
+    wanted = {}
+    for name, parameters in asked:
+        tensor = known.get(name)
+        if tensor is None:
             raise BadInput(f"The model {room} has no such output; it has {', '.join(known)}.")
-    return tuple(known[name] for name in names) or room.outputs
+        refuse_shared_memory(parameters)
+        classes = parameters.get("classification", 0)
+        if type(classes) is not int or not 0 <= classes <= MAX_CLASSES:
+            raise BadInput("The parameter classification must be a whole number, how many classes to give.")
+        if classes and tensor.datatype == "BYTES":
+            raise BadInput(f"Output {name!r} is BYTES: it has no values that could be ranked.")
+        wanted[name] = Wanted(tensor, parameters.get("binary_data", is_binary) is True, classes)
+    return list(wanted.values())
 
 
-def to_outputs(answers: Sequence[Answer], wanted: Sequence[Tensor]) -> list[OutputTensor]:
+def refuse_shared_memory(parameters: Mapping[str, Any]) -> None:
+    """Say that tensors travel in the request itself.
+
+    Raises:
+        BadInput: the parameters name a region of shared memory.
+    """
+    if "shared_memory_region" in parameters:
+        raise BadInput("Shared memory is not supported by this service; send the data in the request.")
+
+
+def to_outputs(
+    room: Room, answers: Sequence[Answer], wanted: Sequence[Wanted]
+) -> list[tuple[Wanted, OutputTensor]]:
     """Answers to one tensor for each output; shorter rows are padded as the room's datatype asks.
 
     Unequal lengths (boxes of several pictures) are filled up with -1 for whole numbers and 0 else.
     """
     rows = [answer.as_tensors() for answer in answers]
-    return [OutputTensor(tensor, _column(tensor, [row[tensor.name] for row in rows])) for tensor in wanted]
+    outputs = []
+    for one in wanted:
+        column = _column(one.tensor, [row[one.tensor.name] for row in rows])
+        if one.classes:
+            output = OutputTensor(Tensor(one.tensor.name, "BYTES"), _classes(room, column, one.classes))
+        else:
+            output = OutputTensor(one.tensor, column)
+        outputs.append((one, output))
+    return outputs
+
+
+def _classes(room: Room, column: Array, count: int) -> Array:
+    """Each row's greatest values as Triton writes them, `value:index:label`: bytes [n, count].
+
+    The label is left out where the values are not one for each label.
+    """
+    flat = column.reshape(len(column), -1)
+    count = min(count, flat.shape[1])
+    labels = room.labels if flat.shape[1] == len(room.labels) else None
+    classes = np.empty((len(flat), count), np.object_)
+    for row, values in zip(classes, flat, strict=True):
+        for place, index in enumerate(np.argsort(-values.astype(np.float64), kind="stable")[:count]):
+            value = f"{values[index]:.6f}" if values.dtype.kind == "f" else str(values[index])
+            label = f":{labels[index]}" if labels else ""
+            row[place] = f"{value}:{index}{label}".encode()
+    return classes
 
 
 def to_raw(output: OutputTensor) -> bytes:
@@ -307,6 +374,46 @@ def model_config(plane: DataPlane, loaded: LoadedModel) -> dict[str, Any]:
         },
         "parameters": {"labels": {"string_value": json.dumps(room.labels, ensure_ascii=False)}},
     }
+
+
+def statistics(plane: DataPlane, loaded: Sequence[LoadedModel]) -> dict[str, Any]:
+    """Statistics of model versions, times in nanoseconds; reads files."""
+    return {
+        "model_stats": [
+            {
+                "name": one.room.name,
+                "version": one.version,
+                "last_inference": round(found.last_inference * 1000),
+                "inference_count": found.inferences,
+                "execution_count": found.executions,
+                "inference_stats": {
+                    "success": _lapse(found.success),
+                    "fail": _lapse(found.fail),
+                    "queue": _lapse(found.queue),
+                    "compute_input": _lapse(found.compute_input),
+                    "compute_infer": _lapse(found.compute_infer),
+                    "compute_output": _lapse(found.compute_output),
+                    "cache_hit": _lapse(Lapse(0, 0.0)),
+                    "cache_miss": _lapse(Lapse(0, 0.0)),
+                },
+                "batch_stats": [
+                    {
+                        "batch_size": size,
+                        # Turning inputs into tensors and rows into answers is no batch's work here.
+                        "compute_input": _lapse(Lapse(0, 0.0)),
+                        "compute_infer": _lapse(lapse),
+                        "compute_output": _lapse(Lapse(0, 0.0)),
+                    }
+                    for size, lapse in found.batches.items()
+                ],
+            }
+            for one, found in zip(loaded, plane.statistics(loaded), strict=True)
+        ]
+    }
+
+
+def _lapse(lapse: Lapse) -> dict[str, int]:
+    return {"count": lapse.count, "ns": round(lapse.seconds * 1e9)}
 
 
 def index(plane: DataPlane) -> list[dict[str, str]]:

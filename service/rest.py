@@ -17,12 +17,13 @@ import structlog
 
 from service import open_inference
 from service.bodies import Body, prefers_picture, read_query, reader_of
-from service.data_plane import DataPlane, LoadedModel, off_the_loop
+from service.data_plane import DataPlane, LoadedModel, Predicted, off_the_loop
 from service.errors import (
     BadInput,
     Forbidden,
     InternalError,
     NotFound,
+    NotSupported,
     QuintetError,
     Unavailable,
     WrongMethod,
@@ -34,15 +35,20 @@ from service.http import (
     Response,
     Scope,
     Send,
+    compress,
     json_response,
     problem_response,
     read_json,
     text_response,
+    wanted_coding,
 )
 from service.metrics import CONTENT_TYPE_LATEST, Board
 from service.models import MODELS
-from service.models.spec import Answer, Inputs, Room
+from service.models.spec import Inputs, Room
 from service.version import VERSION
+
+WORTH_COMPRESSING: Final = 1024
+"""In bytes: people's answers are compressed from here up, machines' (as Triton does) wherever they ask."""
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
 
@@ -95,6 +101,10 @@ class RestDoor:
                 self._plane.leave(request.buffered_bytes)
         if request.asked is not None or failure is not None:
             self._plane.measure(protocol, request.asked, started, failure)
+        accepted = request.headers.get(b"accept-encoding")
+        # Predictions only: Triton's client for asyncio asks everywhere, and undoes it only there.
+        if accepted is not None and request.asked is not None and failure is None:
+            await _compress(response, accepted, 0 if is_machine else WORTH_COMPRESSING)
         await response.send(send, close=not self._plane.is_taking)
 
     async def _send_page(self, request: Request, page: Callable[[], Response], send: Send) -> None:
@@ -149,7 +159,8 @@ class RestDoor:
         inputs = await off_the_loop(len(content), read, body)
         if options:
             inputs = [{**one, **options} for one in inputs]
-        answers = await self._predict(request, loaded, inputs, deadline)
+        predicted = await self._predict(request, loaded, inputs, deadline)
+        answers = predicted.answers
         if room.as_picture is not None and prefers_picture(request.headers.get(b"accept", b"")):
             return Response(200, b"image/png", await self._plane.picture(room, inputs, answers))
         return json_response(
@@ -157,12 +168,20 @@ class RestDoor:
                 "model": name,
                 "version": loaded.version,
                 "predictions": [answer.as_json() for answer in answers],
-            }
+            },
+            (
+                (b"quintet-batch-size", b"%d" % predicted.batch_size),
+                (
+                    b"server-timing",
+                    b"queue;dur=%.3f, compute;dur=%.3f"
+                    % (predicted.queue_seconds * 1000, predicted.compute_seconds * 1000),
+                ),
+            ),
         )
 
     async def _predict(
         self, request: Request, loaded: LoadedModel, inputs: Sequence[Inputs], deadline: float | None
-    ) -> list[Answer]:
+    ) -> Predicted:
         work = self._plane.predict(loaded, inputs, deadline)
         # A batch on the event loop is over before a hang-up could be seen.
         return await (work if loaded.batcher.is_inline else request.unless_gone(work))
@@ -180,6 +199,15 @@ class RestDoor:
             case ["health", "ready"]:
                 _must_be(request, "GET")
                 return Response(200 if self._plane.is_ready else 503, b"application/json", b"{}")
+            case ["models", "stats"]:
+                _must_be(request, "GET")
+                return await self._statistics("", "")
+            case ["models", _, "trace", "setting"] | ["trace", "setting"]:
+                raise NotSupported("Tracing is not supported by this service.")
+            case ["logging"]:
+                raise NotSupported("Log settings are not supported by this service.")
+            case ["systemsharedmemory" | "cudasharedmemory", *_]:
+                raise NotSupported("Shared memory is not supported by this service.")
             case ["models", name, *rest]:
                 return await self._model(request, name, rest, started)
             case ["repository", "index"]:
@@ -207,11 +235,18 @@ class RestDoor:
                 _must_be(request, "GET")
                 loaded = self._plane.find(name, version)
                 return json_response(open_inference.model_config(self._plane, loaded))
+            case ["stats"]:
+                _must_be(request, "GET")
+                return await self._statistics(name, version or "")
             case ["infer"]:
                 _must_be(request, "POST")
                 request.asked = self._plane.find(name, version)
                 return await self._infer(request, request.asked, started)
         raise NotFound("The Open Inference Protocol has no such path.")
+
+    async def _statistics(self, name: str, version: str) -> Response:
+        loaded = self._plane.find_all(name, version)
+        return json_response(await asyncio.to_thread(open_inference.statistics, self._plane, loaded))
 
     def _server(self) -> Response:
         return json_response(
@@ -224,18 +259,17 @@ class RestDoor:
         head_length = _head_length(request, len(body))
         limit = self._plane.settings.max_inputs
         head, inputs = await off_the_loop(len(body), _read_infer, loaded.room, body, head_length, limit)
-        asked = _asked_outputs(head)
-        wanted = open_inference.check_outputs(loaded.room, list(asked))
-        answers = await self._predict(request, loaded, inputs, deadline)
         all_binary = _parameters(head).get("binary_data_output") is True
+        wanted = open_inference.wanted_outputs(loaded.room, _asked_outputs(head), is_binary=all_binary)
+        answers = (await self._predict(request, loaded, inputs, deadline)).answers
         outputs, chunks = [], []
-        for output in open_inference.to_outputs(answers, wanted):
+        for one, output in open_inference.to_outputs(loaded.room, answers, wanted):
             described: dict[str, Any] = {
                 "name": output.tensor.name,
                 "datatype": output.tensor.datatype,
                 "shape": list(output.values.shape),
             }
-            if asked.get(output.tensor.name, all_binary):
+            if one.is_binary:
                 chunks.append(open_inference.to_raw(output))
                 described["parameters"] = {"binary_data_size": len(chunks[-1])}
             else:
@@ -249,6 +283,16 @@ class RestDoor:
         text = orjson.dumps(answer)
         length = (HEADER_LENGTH, b"%d" % len(text))
         return Response(200, b"application/octet-stream", b"".join([text, *chunks]), (length,))
+
+
+async def _compress(response: Response, accepted: bytes, least_bytes: int) -> None:
+    """Compress an answer in the way that its caller takes, if there is one and it is worth it."""
+    if len(response.body) < least_bytes or response.media_type == b"image/png":
+        return
+    coding = wanted_coding(accepted)
+    if coding is not None:
+        response.body = await off_the_loop(len(response.body), compress, response.body, coding)
+        response.headers += ((b"content-encoding", coding), (b"vary", b"accept-encoding"))
 
 
 def _must_be(request: Request, method: str) -> None:
@@ -300,7 +344,9 @@ def _read_infer(
         if not isinstance(datatype, str) or not isinstance(one.get("shape"), list):
             raise BadInput(f'Input {name!r} must have a "datatype" and a "shape".')
         shape = open_inference.check_shape(name, one["shape"], limit)
-        size = _parameters(one).get("binary_data_size")
+        parameters = _parameters(one)
+        open_inference.refuse_shared_memory(parameters)
+        size = parameters.get("binary_data_size")
         if size is None:
             tensors.append(open_inference.from_json(room, name, datatype, shape, one.get("data")))
             continue
@@ -319,15 +365,12 @@ def _parameters(described: dict[str, Any]) -> dict[str, Any]:
     return parameters if isinstance(parameters, dict) else {}
 
 
-def _asked_outputs(head: dict[str, Any]) -> dict[str, bool]:
-    """The outputs asked for by name, and whether each is wanted in binary."""
+def _asked_outputs(head: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The outputs asked for: their names and parameters."""
     described = head.get("outputs", [])
     if not isinstance(described, list):
         raise BadInput('"outputs" must be a list.')
-    asked = {}
-    default = _parameters(head).get("binary_data_output") is True
     for one in described:
         if not isinstance(one, dict) or not isinstance(one.get("name"), str):
             raise BadInput('Every output asked for must be an object with a "name".')
-        asked[one["name"]] = _parameters(one).get("binary_data", default) is True
-    return asked
+    return [(one["name"], _parameters(one)) for one in described]

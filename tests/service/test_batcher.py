@@ -80,7 +80,7 @@ def batcher_of(request: pytest.FixtureRequest, lanes: ThreadPoolExecutor) -> Cal
 async def ask(batcher: Batcher, *numbers: int, deadline: float | None = None) -> list[int]:
     """One request, from the queue's door to its rows."""
     batcher.admit(len(numbers))
-    return numbers_in(await batcher.run(samples(*numbers), deadline))
+    return numbers_in((await batcher.run(samples(*numbers), deadline)).rows)
 
 
 async def all_at_once(batcher: Batcher, *requests: Sequence[int]) -> list[Any]:

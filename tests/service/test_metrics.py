@@ -23,6 +23,7 @@ PROMISED = {
     "quintet_queue_seconds_count",
     "quintet_compute_seconds_count",
     "quintet_preprocess_seconds_count",
+    "quintet_postprocess_seconds_count",
     "quintet_batch_size_count",
     "quintet_queue_depth",
     "quintet_in_flight",

@@ -331,9 +331,9 @@ def test_many_inputs_of_one_request_run_in_one_batch(brittle: QuintetServer) -> 
     """Or the test before would not have shown that neighbours in a batch are spared."""
     pixels = np.zeros((32, 28, 28), np.uint8)
     with http_client(brittle) as client:
-        before = metric(client.get("/metrics").text, 'quintet_batch_size_count{model="digit"}')
+        before = metric(client.get("/metrics").text, 'quintet_batch_size_count{model="digit",version="1"}')
         assert client.post(INFER, json={"inputs": [json_pixels(pixels)]}).status_code == 200
-        after = metric(client.get("/metrics").text, 'quintet_batch_size_count{model="digit"}')
+        after = metric(client.get("/metrics").text, 'quintet_batch_size_count{model="digit",version="1"}')
     assert after - before == 1
 
 

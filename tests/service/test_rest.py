@@ -136,6 +136,44 @@ def test_a_compressed_body(
     assert probabilities_of(prediction) == pytest.approx(ask_alone(http, digit_png), abs=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("accepted", "coding"),
+    [
+        ("gzip", "gzip"),
+        ("deflate", "deflate"),
+        ("gzip;q=0, deflate", "deflate"),
+        ("br, gzip;q=0.5", "gzip"),
+        ("br", None),
+        ("identity", None),
+        ("gzip;q=much", None),
+        ("", None),
+    ],
+)
+def test_a_long_answer_is_compressed_for_those_who_take_it(
+    http: httpx.Client, digit_png: bytes, accepted: str, coding: str | None
+) -> None:
+    pictures = [("images", ("digit.png", digit_png))] * 20
+    plain = http.post("/digit", files=pictures, headers={"Accept-Encoding": "identity"})
+    response = http.post("/digit", files=pictures, headers={"Accept-Encoding": accepted})
+    assert response.headers.get("content-encoding") == coding
+    assert response.json() == plain.json()
+    assert (int(response.headers["content-length"]) < len(plain.content) / 3) == (coding is not None)
+
+
+def test_an_answer_says_how_it_came_about(http: httpx.Client, digit_png: bytes) -> None:
+    response = http.post("/digit", content=digit_png)
+    assert int(response.headers["quintet-batch-size"]) >= 1
+    queue, compute = response.headers["server-timing"].split(", ")
+    assert queue.startswith("queue;dur=")
+    assert float(compute.removeprefix("compute;dur=")) > 0
+
+
+def test_a_parameter_that_nobody_takes_is_refused(http: httpx.Client, digit_png: bytes) -> None:
+    response = http.post("/digit?min_confidence=0.5", content=digit_png)
+    assert response.status_code == 400
+    assert "min_confidence" not in response.json()["detail"]
+
+
 def test_a_deadline_that_can_be_kept(http: httpx.Client, digit_png: bytes) -> None:
     response = http.post("/digit", content=digit_png, headers={"Quintet-Timeout-Ms": "20000"})
     assert response.status_code == 200
