@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from training import data
 from training.data import Published, data_folder, find, sha256_of
 from training.digit import PUBLISHED, load_mnist
 from training.errors import TrainingError
@@ -27,8 +28,9 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def mirrors(tmp_path: Path) -> Iterator[dict[str, str]]:
+def mirrors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """A server with three mirrors on it: one lacks the file, one has another, one is good."""
+    monkeypatch.setattr(data, "WAIT_SECONDS", 0.01)
     root = tmp_path / "server"
     for name in ("empty", "other", "good"):
         (root / name).mkdir(parents=True)
