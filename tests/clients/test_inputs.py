@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from quintet_client import BadInput, pictures, questions
+from quintet_client import BadInput, Client, pictures, questions
 from quintet_client import grpc_service_pb2 as messages
 
 from .conftest import Ask
@@ -46,32 +46,50 @@ def test_pillow_images_of_every_mode_can_be_sent(mode: str) -> None:
     ],
 )
 def test_what_is_no_picture_is_refused(picture: Any) -> None:
-    with pytest.raises(BadInput) as caught:
-        questions.classify("digit", [b"a picture", picture])
+    with Client() as quintet, pytest.raises(BadInput) as caught:
+        quintet.digit([b"a picture", picture])
     assert caught.value.index == 1
 
 
 def test_a_missing_file_is_reported_as_python_does(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        questions.classify("digit", tmp_path / "missing.png")
+    with Client() as quintet, pytest.raises(FileNotFoundError):
+        quintet.digit(tmp_path / "missing.png")
 
 
 @pytest.mark.parametrize("digits", ["seven", 1.5, 2**70], ids=str)
 def test_what_is_no_digit_is_refused(digits: Any) -> None:
-    with pytest.raises(BadInput):
-        questions.draw(digits, None)
+    with Client() as quintet, pytest.raises(BadInput):
+        quintet.generator(digits)
 
 
 def test_whole_numbers_of_numpy_are_digits() -> None:
-    question = questions.draw(np.arange(3), np.int64(7))  # type: ignore[arg-type]
-    assert question.inputs == questions.Digits([0, 1, 2], 7)
-    assert not questions.draw(np.int64(3), None).is_list  # type: ignore[call-overload]
+    question = questions.draw(np.int64(7))  # type: ignore[arg-type]
+    prepared = [question.prepare(digit, None) for digit in np.arange(3)]
+    assert question.pack(prepared) == questions.Digits([0, 1, 2], 7)
+    assert question.is_one(np.int64(3))
+    assert not question.is_one(np.arange(3))
 
 
 def test_what_is_no_text_is_refused() -> None:
-    with pytest.raises(BadInput) as caught:
-        questions.judge(["fine", b"not a str"])  # type: ignore[list-item]
+    with Client() as quintet, pytest.raises(BadInput) as caught:
+        quintet.sentiment(["fine", b"not a str"])  # type: ignore[list-item]
     assert caught.value.index == 1
+
+
+def test_an_open_file_is_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"anything")
+    with (tmp_path / "file").open("rb") as file:
+        assert pictures.is_one(file)
+        assert pictures.encode(file) == b"anything"
+    with (tmp_path / "file").open() as file, pytest.raises(BadInput, match="rb"):
+        pictures.encode(file)  # type: ignore[arg-type]
+
+
+def test_a_long_list_goes_in_parts() -> None:
+    parts = list(questions.in_parts([b"x"] * 150))
+    assert [len(part) for part in parts] == [64, 64, 22]
+    large = b"x" * (questions.MOST_BYTES_TOGETHER - 1)
+    assert [len(part) for part in questions.in_parts([large, b"x", large, large])] == [2, 1, 1]
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(1, (40, 20)), (6, (20, 40))], ids=["upright", "turned"])

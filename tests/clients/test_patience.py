@@ -173,7 +173,7 @@ def test_every_error_is_of_one_family() -> None:
         value for name in quintet_client.__all__ if isinstance(value := getattr(quintet_client, name), type)
     ]
     errors = [value for value in public if issubclass(value, Exception)]
-    assert len(errors) == 11
+    assert len(errors) == 12
     assert all(issubclass(error, QuintetError) for error in errors)
 
 

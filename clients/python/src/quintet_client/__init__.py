@@ -19,8 +19,9 @@ from quintet_client.errors import (
     Unauthenticated,
     Unavailable,
     UnsupportedMediaType,
+    Untrusted,
 )
-from quintet_client.results import Classification, Detection, Generated, Object
+from quintet_client.results import Classification, Detection, Generated, Object, Status
 
 __all__ = [
     "AsyncClient",
@@ -36,8 +37,10 @@ __all__ = [
     "Overloaded",
     "QuintetError",
     "ServerError",
+    "Status",
     "TooLarge",
     "Unauthenticated",
     "Unavailable",
     "UnsupportedMediaType",
+    "Untrusted",
 ]

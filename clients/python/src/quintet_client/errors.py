@@ -10,14 +10,15 @@
     ├── Overloaded             429  RESOURCE_EXHAUSTED  tried again
     ├── Unavailable            503  UNAVAILABLE         tried again; also: no connection
     ├── DeadlineExceeded       504  DEADLINE_EXCEEDED   also: no answer in time
+    ├── Untrusted                                       a certificate that this machine does not trust
     └── ServerError            500  INTERNAL            also: an answer that makes no sense
 
-The message is the service's own sentence where it gave one.
+The message is the service's own sentence where it gave one, and else says the cause and the cure.
 """
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
 
@@ -70,6 +71,10 @@ class Unavailable(QuintetError):
 
 class DeadlineExceeded(QuintetError):
     """No answer came in the time that the caller gave."""
+
+
+class Untrusted(QuintetError):
+    """The service's certificate was signed by nobody whom this machine trusts."""
 
 
 class ServerError(QuintetError):
@@ -149,5 +154,36 @@ def _seconds(retry_after: str | None) -> float | None:
     except ValueError:
         return None
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+        moment = moment.replace(tzinfo=timezone.utc)
+    return max(0.0, (moment - datetime.now(timezone.utc)).total_seconds())
+
+
+def unreachable(url: str, reason: str) -> QuintetError:
+    """Name a connection that could not be made, or broke off, by what a library says of it."""
+    lower = reason.lower()
+    if "certificate" in lower and "verify" in lower:
+        return Untrusted(
+            f"The certificate of {url} is signed by nobody whom this machine trusts; "
+            "if it is yours, name it (or its authority's) as ca_file."
+        )
+    if "wrong_version_number" in lower or "record layer failure" in lower:
+        return ServerError(f"What answers at {url} speaks no TLS; ask it by http:// or grpc://.")
+    if "illegal" in lower or "http1" in lower or "http/1" in lower or "http_1" in lower or "http2" in lower:
+        return ServerError(
+            f"What answers at {url} speaks another protocol; "
+            "http:// is for the REST port (3000), grpc:// for the gRPC port (3001)."
+        )
+    if "refused" in lower or "failed to connect" in lower or "unreachable" in lower:
+        cause = "nothing listens there"
+    elif "name" in lower or "nodename" in lower or "dns" in lower or "resol" in lower:
+        cause = "there is no machine of that name"
+    else:
+        return Unavailable(f"The connection to {url} broke off; the service may have stopped ({reason}).")
+    return Unavailable(f"No service answers at {url}: {cause}; start one, or mend the address.")
+
+
+def too_late(url: str, seconds: float) -> DeadlineExceeded:
+    """Name the silence of a service."""
+    return DeadlineExceeded(
+        f"{url} did not answer within {seconds:.3g} s; give it longer (timeout), or less to do at a time."
+    )

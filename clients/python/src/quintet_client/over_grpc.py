@@ -6,10 +6,13 @@ carriers carry them, and know nothing else.
 
 import json
 import math
+import os
 import secrets
 import struct
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc  # type: ignore[import-untyped,unused-ignore]
@@ -17,8 +20,8 @@ import grpc.aio  # type: ignore[import-untyped,unused-ignore]
 
 from quintet_client import errors, pictures
 from quintet_client import grpc_service_pb2 as messages
-from quintet_client.questions import Digits, Pictures, Question, Result, Texts
-from quintet_client.results import Classification, Detection, Generated, Object
+from quintet_client.questions import Digits, Inputs, Pictures, Question, Result, Texts
+from quintet_client.results import Classification, Detection, Generated, Object, Status
 
 _SERVICE = "/inference.GRPCInferenceService"
 _SEED_BITS = 31
@@ -59,21 +62,21 @@ class GrpcProtocol:
         """Know no labels yet."""
         self._labels: dict[tuple[str, str], list[str]] = {}
 
-    def ask(self, question: Question[Result]) -> Generator[GrpcRequest, Any, list[Result]]:
-        """Put a question; returns its results in order.
+    def ask(self, question: Question[Result], inputs: Inputs) -> Generator[GrpcRequest, Any, list[Result]]:
+        """Put a question about some inputs; returns their results in order.
 
         Raises:
             ServerError: the answer is not what the contract says.
         """
-        inputs = _with_seeds(question.inputs)
-        response = yield GrpcRequest("ModelInfer", _write(question.model, inputs))
+        seeded = _with_seeds(inputs)
+        response = yield GrpcRequest("ModelInfer", _write(question.model, seeded))
         version = response.model_version
         labels: list[str] = []
         if question.result is not Generated:
             labels = yield from self._labels_of(question.model, version)
         read: Callable[..., list[Result]] = _READERS[question.result]
         try:
-            return read(_tensors(response), inputs, labels, question.model, version)
+            return read(_tensors(response), seeded, labels, question.model, version)
         except (ValueError, TypeError, LookupError, struct.error) as error:
             raise errors.ServerError(
                 "The server's answer is not one that this client understands."
@@ -83,6 +86,25 @@ class GrpcProtocol:
         """Ask whether the service takes requests."""
         response = yield GrpcRequest("ServerReady", messages.ServerReadyRequest())
         return bool(response.ready)
+
+    def status(self, models: Sequence[str]) -> Generator[GrpcRequest, Any, Status]:
+        """Ask how the service is, and which versions of `models` it serves."""
+        started = time.perf_counter()
+        server = yield GrpcRequest("ServerMetadata", messages.ServerMetadataRequest())
+        seconds = time.perf_counter() - started
+        ready = yield GrpcRequest("ServerReady", messages.ServerReadyRequest())
+        versions = {}
+        for model in models:
+            versions[model] = yield from self._versions(model)
+        return Status(bool(ready.ready), f"{server.name} {server.version}", versions, seconds)
+
+    def _versions(self, model: str) -> Generator[GrpcRequest, Any, tuple[str, ...]]:
+        """The versions of a model that are served: none where it is not loaded."""
+        try:
+            described = yield GrpcRequest("ModelMetadata", messages.ModelMetadataRequest(name=model))
+        except (errors.NotFound, errors.Unavailable):
+            return ()
+        return tuple(described.versions)
 
     def _labels_of(self, model: str, version: str) -> Generator[GrpcRequest, Any, list[str]]:
         """What the indices in a model's outputs mean: asked once for each version that answers."""
@@ -102,11 +124,11 @@ class GrpcProtocol:
 class SeededDigits:
     """Digits to draw, and the seed of each."""
 
-    digits: list[int]
-    seeds: list[int]
+    digits: Sequence[int]
+    seeds: Sequence[int]
 
 
-def _with_seeds(inputs: Pictures | Texts | Digits) -> Pictures | Texts | SeededDigits:
+def _with_seeds(inputs: Inputs) -> Pictures | Texts | SeededDigits:
     """Choose the seeds that the caller left open: unlike REST, the tensors leave nothing open."""
     if not isinstance(inputs, Digits):
         return inputs
@@ -251,11 +273,18 @@ _READERS: dict[type, Callable[..., Any]] = {
 class GrpcCarrier:
     """Carries requests to an address, one thread at a time or many."""
 
-    def __init__(self, target: str, is_secure: bool, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        target: str,
+        is_secure: bool,
+        metadata: Mapping[str, str],
+        ca_file: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Prepare a channel to `target` (`host:port`); it connects with the first request."""
+        self._url = f"{'grpcs' if is_secure else 'grpc'}://{target}"
         self._metadata = tuple(metadata.items())
         if is_secure:
-            self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), _CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(target, _trust(ca_file), _CHANNEL_OPTIONS)
         else:
             self._channel = grpc.insecure_channel(target, _CHANNEL_OPTIONS)
 
@@ -268,7 +297,9 @@ class GrpcCarrier:
         try:
             return _method(self._channel, request)(request.message, timeout=seconds, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _named(error) from error
+            raise _named(error, self._url, seconds) from error
+        except ValueError as error:  # the channel was closed while others still ask
+            raise errors.QuintetError("The client is closed; open another.") from error
 
     def close(self) -> None:
         """Close the channel."""
@@ -278,10 +309,17 @@ class GrpcCarrier:
 class AsyncGrpcCarrier:
     """Carries requests to an address, in one event loop."""
 
-    def __init__(self, target: str, is_secure: bool, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        target: str,
+        is_secure: bool,
+        metadata: Mapping[str, str],
+        ca_file: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Prepare for a channel to `target` (`host:port`)."""
+        self._url = f"{'grpcs' if is_secure else 'grpc'}://{target}"
         self._target = target
-        self._is_secure = is_secure
+        self._credentials = _trust(ca_file) if is_secure else None
         self._metadata = tuple(metadata.items())
         self._channel: Any = None  # opened with the first request: a channel binds itself to the running loop
 
@@ -298,7 +336,7 @@ class AsyncGrpcCarrier:
                 request.message, timeout=seconds, metadata=self._metadata
             )
         except grpc.RpcError as error:
-            raise _named(error) from error
+            raise _named(error, self._url, seconds) from error
 
     async def close(self) -> None:
         """Close the channel."""
@@ -306,9 +344,14 @@ class AsyncGrpcCarrier:
             await self._channel.close()
 
     def _open(self) -> Any:
-        if self._is_secure:
-            return grpc.aio.secure_channel(self._target, grpc.ssl_channel_credentials(), _CHANNEL_OPTIONS)
+        if self._credentials is not None:
+            return grpc.aio.secure_channel(self._target, self._credentials, _CHANNEL_OPTIONS)
         return grpc.aio.insecure_channel(self._target, _CHANNEL_OPTIONS)
+
+
+def _trust(ca_file: str | os.PathLike[str] | None) -> Any:
+    """Whose certificates to trust: those that gRPC does, or those in a file."""
+    return grpc.ssl_channel_credentials(None if ca_file is None else Path(ca_file).read_bytes())
 
 
 def _method(channel: Any, request: GrpcRequest) -> Any:
@@ -320,7 +363,22 @@ def _method(channel: Any, request: GrpcRequest) -> Any:
     )
 
 
-def _named(error: Any) -> errors.QuintetError:
+_OF_THE_CHANNEL = ("failed to connect", "dns resolution", "socket closed", "connection", "ssl", "http")
+"""Words by which a channel's own failure is told from a service's sentence."""
+
+
+_BROKEN_OFF = ("rst_stream", "stream removed", "goaway")
+"""Words of a channel whose server went away in the middle of an answer."""
+
+
+def _named(error: Any, url: str, seconds: float) -> errors.QuintetError:
     """Name an error of gRPC's as ours; both kinds of channel raise the same."""
     trailers = {key: value for key, value in error.trailing_metadata() or () if isinstance(value, str)}
-    return errors.from_grpc(error.code().name, error.details(), trailers)
+    code, details = error.code().name, error.details() or ""
+    if code == "UNAVAILABLE" and any(word in details.lower() for word in _OF_THE_CHANNEL):
+        return errors.unreachable(url, details)
+    if code in ("INTERNAL", "UNKNOWN", "CANCELLED") and any(word in details.lower() for word in _BROKEN_OFF):
+        return errors.Unavailable(f"The connection to {url} broke off; the service may have stopped.")
+    if code == "DEADLINE_EXCEEDED" and details in ("", "Deadline Exceeded"):
+        return errors.too_late(url, seconds)
+    return errors.from_grpc(code, details, trailers)

@@ -7,8 +7,10 @@ carriers carry them, and know nothing else.
 import asyncio
 import base64
 import json
+import os
+import ssl
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +18,8 @@ from typing import Any
 import httpx
 
 from quintet_client import errors
-from quintet_client.questions import Digits, Pictures, Question, Result, Texts
-from quintet_client.results import Classification, Detection, Generated, Object
+from quintet_client.questions import Digits, Inputs, Pictures, Question, Result, Texts
+from quintet_client.results import Classification, Detection, Generated, Object, Status
 
 _ANY_PICTURE = "application/octet-stream"  # the service looks at the bytes, so we need not
 
@@ -34,13 +36,13 @@ class HttpRequest:
 class HttpProtocol:
     """What to send, and what the answers mean: requests are yielded, bodies are sent in."""
 
-    def ask(self, question: Question[Result]) -> Generator[HttpRequest, bytes, list[Result]]:
-        """Put a question; returns its results in order.
+    def ask(self, question: Question[Result], inputs: Inputs) -> Generator[HttpRequest, bytes, list[Result]]:
+        """Put a question about some inputs; returns their results in order.
 
         Raises:
             ServerError: the answer is not what the contract says.
         """
-        body = yield HttpRequest("POST", question.model, _write(question.inputs))
+        body = yield HttpRequest("POST", question.model, _write(inputs))
         read: Callable[..., Result] = _READERS[question.result]
         try:
             answer = json.loads(body)
@@ -56,8 +58,42 @@ class HttpProtocol:
         yield HttpRequest("GET", "readyz")
         return True
 
+    def status(self, models: Sequence[str]) -> Generator[HttpRequest, bytes, Status]:
+        """Ask how the service is, and which versions of `models` it serves.
 
-def _write(inputs: Pictures | Texts | Digits) -> dict[str, Any]:
+        Raises:
+            ServerError: the answer is not what the protocol says.
+        """
+        started = time.perf_counter()
+        body = yield HttpRequest("GET", "v2")
+        seconds = time.perf_counter() - started
+        try:
+            server = json.loads(body)
+            name = f"{server['name']} {server['version']}"
+            is_ready = True
+            try:
+                yield HttpRequest("GET", "readyz")
+            except errors.Unavailable:
+                is_ready = False
+            versions = {}
+            for model in models:
+                versions[model] = yield from self._versions(model)
+        except (ValueError, TypeError, KeyError) as error:
+            raise errors.ServerError(
+                "The server's answer is not one that this client understands."
+            ) from error
+        return Status(is_ready, name, versions, seconds)
+
+    def _versions(self, model: str) -> Generator[HttpRequest, bytes, tuple[str, ...]]:
+        """The versions of a model that are served: none where it is not loaded."""
+        try:
+            described = json.loads((yield HttpRequest("GET", f"v2/models/{model}")))
+        except (errors.NotFound, errors.Unavailable):
+            return ()
+        return tuple(map(str, described["versions"]))
+
+
+def _write(inputs: Inputs) -> dict[str, Any]:
     """The body of a request."""
     match inputs:
         case Texts(texts):
@@ -107,9 +143,12 @@ _READERS: dict[type, Callable[..., Any]] = {
 class HttpCarrier:
     """Carries requests to an address, one thread at a time or many."""
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, url: str, headers: Mapping[str, str], ca_file: str | os.PathLike[str] | None = None
+    ) -> None:
         """Prepare connections to `url`; none is made yet."""
-        self._client = httpx.Client(base_url=url, headers=headers)
+        self._url = url
+        self._client = httpx.Client(base_url=url, headers=headers, verify=_trust(ca_file), limits=_LIMITS)
 
     def send(self, request: HttpRequest, seconds: float) -> bytes:
         """Send a request and return the body of its answer, within `seconds`.
@@ -123,7 +162,7 @@ class HttpCarrier:
         )
         outgoing.headers["Quintet-Timeout-Ms"] = _milliseconds(seconds)
         body = bytearray()
-        with _named_errors():
+        with _named_errors(self._url, seconds):
             response = self._client.send(outgoing, stream=True)
             try:
                 for chunk in response.iter_bytes():
@@ -142,9 +181,13 @@ class HttpCarrier:
 class AsyncHttpCarrier:
     """Carries requests to an address, in one event loop."""
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, url: str, headers: Mapping[str, str], ca_file: str | os.PathLike[str] | None = None
+    ) -> None:
         """Prepare connections to `url`; none is made yet."""
-        self._client = httpx.AsyncClient(base_url=url, headers=headers)
+        self._url = url
+        verify = _trust(ca_file)
+        self._client = httpx.AsyncClient(base_url=url, headers=headers, verify=verify, limits=_LIMITS)
 
     async def send(self, request: HttpRequest, seconds: float) -> bytes:
         """Send a request and return the body of its answer, within `seconds`.
@@ -156,14 +199,32 @@ class AsyncHttpCarrier:
             request.method, request.path, timeout=seconds, **request.options
         )
         outgoing.headers["Quintet-Timeout-Ms"] = _milliseconds(seconds)
-        with _named_errors():
-            async with asyncio.timeout(seconds):
-                response = await self._client.send(outgoing)
+        with _named_errors(self._url, seconds):
+            response = await asyncio.wait_for(self._client.send(outgoing), seconds)
         return _check(response, response.content)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0)
+"""How many requests are under way is the caller's decision, and each keeps its connection."""
+
+
+def _trust(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext | bool:
+    """Whose certificates to trust: those that httpx does, or those in a file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no certificate.
+    """
+    if ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError as error:
+        raise ValueError(f"{os.fspath(ca_file)} holds no certificate in PEM form.") from error
 
 
 def _milliseconds(seconds: float) -> str:
@@ -172,14 +233,14 @@ def _milliseconds(seconds: float) -> str:
 
 
 @contextmanager
-def _named_errors() -> Iterator[None]:
-    """Raise httpx's errors as ours."""
+def _named_errors(url: str, seconds: float) -> Iterator[None]:
+    """Raise httpx's errors as ours, with the cause and the cure."""
     try:
         yield
-    except (httpx.TimeoutException, TimeoutError) as error:
-        raise errors.DeadlineExceeded("The server did not answer in time.") from error
+    except (httpx.TimeoutException, TimeoutError, asyncio.TimeoutError) as error:
+        raise errors.too_late(url, seconds) from error
     except httpx.TransportError as error:
-        raise errors.Unavailable(f"The server cannot be reached: {error}.") from error
+        raise errors.unreachable(url, str(error)) from error
     except httpx.HTTPError as error:
         raise errors.ServerError(f"The server's answer cannot be read: {error}.") from error
 

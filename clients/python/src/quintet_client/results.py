@@ -1,14 +1,21 @@
-"""What the models answer, as values that never change."""
+"""What the models answer, as values that never change.
+
+`print(result)` says it in words for people, `repr` in a line for whoever explores.
+"""
 
 import io
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from quintet_client import pictures
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Classification:
     """One label chosen among several.
 
@@ -18,6 +25,7 @@ class Classification:
         probabilities: Every label's probability; together 1.
         model: The model that answered.
         version: Its version.
+        seconds: From the question to its answer as the caller felt it, retries and waits included.
     """
 
     label: str
@@ -25,9 +33,21 @@ class Classification:
     probabilities: dict[str, float]
     model: str
     version: str
+    seconds: float = field(default=0.0, compare=False)
+
+    def ranked(self) -> list[tuple[str, float]]:
+        """All labels with their probabilities, the likeliest first."""
+        return sorted(self.probabilities.items(), key=lambda pair: pair[1], reverse=True)
+
+    def __str__(self) -> str:
+        return f"{self.label} ({in_percent(self.confidence)})"
+
+    def __repr__(self) -> str:
+        others = "".join(f", {label!r} {in_percent(value)}" for label, value in self.ranked()[1:2])
+        return f"<{self.model} {self.version}: {self.label!r} {in_percent(self.confidence)}{others}>"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Object:
     """One thing found in a picture.
 
@@ -41,8 +61,15 @@ class Object:
     confidence: float
     box: tuple[float, float, float, float]
 
+    def __str__(self) -> str:
+        return f"{self.label} ({in_percent(self.confidence)})"
 
-@dataclass(frozen=True, slots=True)
+    def __repr__(self) -> str:
+        left, top, right, bottom = (round(edge) for edge in self.box)
+        return f"<{self.label} {in_percent(self.confidence)} at {left},{top} to {right},{bottom}>"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Detection:
     """All that was found in one picture.
 
@@ -52,6 +79,8 @@ class Detection:
         objects: What was found, the surest first.
         model: The model that answered.
         version: Its version.
+        seconds: From the question to its answer as the caller felt it, retries and waits included.
+        picture: The bytes that were sent, for `draw`.
     """
 
     width: int
@@ -59,9 +88,34 @@ class Detection:
     objects: tuple[Object, ...]
     model: str
     version: str
+    seconds: float = field(default=0.0, compare=False)
+    picture: bytes = field(default=b"", compare=False)
+
+    def counts(self) -> dict[str, int]:
+        """How many there are of each label, the most first."""
+        return dict(Counter(found.label for found in self.objects).most_common())
+
+    def draw(self) -> Image.Image:
+        """The picture as sent, upright, with a labelled box around everything that was found."""
+        return pictures.with_boxes(self.picture, self.objects)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the picture with its boxes to `path`, in the format that its ending names.
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: Pillow knows no format of that ending.
+        """
+        self.draw().save(path)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {label}" for label, count in self.counts().items()) or "nothing found"
+
+    def __repr__(self) -> str:
+        return f"<{self.model} {self.version}: {self} in {self.width}×{self.height}>"  # noqa: RUF001
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Generated:
     """One drawn digit.
 
@@ -71,6 +125,7 @@ class Generated:
         image: The picture, as the bytes of a PNG file.
         model: The model that answered.
         version: Its version.
+        seconds: From the question to its answer as the caller felt it, retries and waits included.
     """
 
     digit: int
@@ -78,6 +133,7 @@ class Generated:
     image: bytes
     model: str
     version: str
+    seconds: float = field(default=0.0, compare=False)
 
     def to_pillow(self) -> Image.Image:
         """The picture as a grey Pillow image."""
@@ -92,3 +148,59 @@ class Generated:
             OSError: the file cannot be written.
         """
         Path(path).write_bytes(self.image)
+
+    def __str__(self) -> str:
+        return f"a {self.digit}, seed {self.seed}"
+
+    def __repr__(self) -> str:
+        return f"<{self.model} {self.version}: a {self.digit}, seed {self.seed}>"
+
+    def _repr_png_(self) -> bytes:
+        """The picture itself, where a notebook shows a value."""
+        return self.image
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Status:
+    """How a service is, as one client sees it.
+
+    Attributes:
+        is_ready: Whether it takes requests now.
+        server: Its name, and its version.
+        models: The versions that it serves of each model of ours; none where the model is not loaded.
+        seconds: How long the first question took there and back.
+    """
+
+    is_ready: bool
+    server: str
+    models: dict[str, tuple[str, ...]]
+    seconds: float = field(default=0.0, compare=False)
+
+    def __str__(self) -> str:
+        loaded = ", ".join(
+            f"{name} {' '.join(versions)}" for name, versions in self.models.items() if versions
+        )
+        return f"{self.server} is {'ready' if self.is_ready else 'not ready'}; models: {loaded or 'none'}"
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+
+def as_dict(result: Classification | Detection | Generated) -> dict[str, Any]:
+    """A result's fields as JSON's types, without the picture that the caller has already."""
+    values: dict[str, Any] = {
+        one.name: getattr(result, one.name) for one in fields(result) if one.name != "picture"
+    }
+    if isinstance(result, Detection):
+        values["objects"] = [
+            {"label": found.label, "confidence": found.confidence, "box": list(found.box)}
+            for found in result.objects
+        ]
+    if isinstance(result, Generated):
+        values["image"] = pictures.to_base64(result.image)
+    return values
+
+
+def in_percent(share: float) -> str:
+    """A share of one, in words: 0.998 is "99.8 %"."""
+    return f"{share * 100:.1f} %"
