@@ -56,9 +56,26 @@ class QuintetServer:
         environment |= {f"QUINTET_{name.upper()}": _as_text(value) for name, value in self.settings.items()}
         # BentoML empties a folder in its home at every start: two servers must not share one.
         environment |= {"BENTOML_HOME": str(folder / "bentoml"), "BENTOML_DO_NOT_TRACK": "True"}
-        command = [sys.executable, "-m", "bentoml", "serve", "service:Quintet", "--port", str(self.http_port)]
+        self._command = [
+            sys.executable, "-m", "bentoml", "serve", "service:Quintet", "--port", str(self.http_port)
+        ]  # fmt: skip
+        self._environment = environment
+        self.process = self._launch()
+
+    def _launch(self) -> subprocess.Popen[bytes]:
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            return subprocess.Popen(self._command, cwd=ROOT, env=self._environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """End it with all its processes at once, as a machine that loses its power does."""
+        for process in (*psutil.Process(self.pid).children(recursive=True), self.process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def launch_again(self) -> None:
+        """Start it once more, on the same ports."""
+        self.process = self._launch()
 
     @property
     def http_url(self) -> str:
@@ -116,10 +133,7 @@ class QuintetServer:
         try:
             self.wait()
         except AssertionError:
-            for process in (*psutil.Process(self.pid).children(recursive=True), self.process):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            self.process.wait()
+            self.kill()
             raise
 
 

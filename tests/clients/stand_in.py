@@ -4,12 +4,14 @@ One list of replies serves for both protocols, so each test of patience is told 
 """
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Self
 
 import grpc
@@ -45,18 +47,35 @@ class Request:
     moment: float = field(default_factory=time.monotonic)
 
 
+@dataclass(frozen=True)
+class Certificate:
+    """PEM files of a certificate for `localhost`, signed by itself, and of its key."""
+
+    path: Path
+    key_path: Path
+
+
 class StandIn:
     """Gives `replies` one after the other, the last one for ever; keeps the requests."""
 
-    def __init__(self, replies: Sequence[Reply]) -> None:
+    def __init__(self, replies: Sequence[Reply], certificate: Certificate | None = None) -> None:
         self._replies = list(replies)
+        self._certificate = certificate
         self.requests: list[Request] = []
+        self.most_at_once = 0
         self.url = ""
+        self._at_once = 0
+        self._lock = threading.Lock()
 
     def next_reply(self, request: Request) -> Reply:
-        self.requests.append(request)
-        reply = self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
+        with self._lock:
+            self.requests.append(request)
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+            reply = self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
         time.sleep(reply.delay)
+        with self._lock:
+            self._at_once -= 1
         return reply
 
     def __enter__(self) -> Self:
@@ -68,8 +87,10 @@ class StandIn:
 class HttpStandIn(StandIn):
     """Speaks the REST for people; `body` answers a success with other bytes than usual."""
 
-    def __init__(self, replies: Sequence[Reply], body: bytes | None = None) -> None:
-        super().__init__(replies)
+    def __init__(
+        self, replies: Sequence[Reply], body: bytes | None = None, certificate: Certificate | None = None
+    ) -> None:
+        super().__init__(replies, certificate)
         prediction = {
             "label": "positive",
             "confidence": 0.75,
@@ -116,6 +137,12 @@ class HttpStandIn(StandIn):
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if self._certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self._certificate.path, self._certificate.key_path)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self._server.handle_error = lambda *_: None  # type: ignore[method-assign]
+            self.url = f"https://localhost:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
         return self
@@ -129,8 +156,14 @@ class HttpStandIn(StandIn):
 class GrpcStandIn(StandIn):
     """Speaks the Open Inference Protocol; `response` answers a success with another tensor than usual."""
 
-    def __init__(self, replies: Sequence[Reply], response: Any = None, labels: Sequence[str] = ()) -> None:
-        super().__init__(replies)
+    def __init__(
+        self,
+        replies: Sequence[Reply],
+        response: Any = None,
+        labels: Sequence[str] = (),
+        certificate: Certificate | None = None,
+    ) -> None:
+        super().__init__(replies, certificate)
         self.response = response
         self.labels = list(labels or ("negative", "positive"))
         if response is None:
@@ -146,6 +179,7 @@ class GrpcStandIn(StandIn):
             "ModelInfer": (self._infer, messages.ModelInferRequest),
             "ModelConfig": (self._config, messages.ModelConfigRequest),
             "ServerReady": (self._ready, messages.ServerReadyRequest),
+            "ServerMetadata": (self._metadata, messages.ServerMetadataRequest),
         }
         methods = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -157,7 +191,12 @@ class GrpcStandIn(StandIn):
         self._server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods)]
         )
-        self.url = f"grpc://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        if self._certificate is None:
+            self.url = f"grpc://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        else:
+            pair = (self._certificate.key_path.read_bytes(), self._certificate.path.read_bytes())
+            credentials = grpc.ssl_server_credentials([pair])
+            self.url = f"grpcs://localhost:{self._server.add_secure_port('127.0.0.1:0', credentials)}"
         self._server.start()
         return self
 
@@ -183,6 +222,10 @@ class GrpcStandIn(StandIn):
     def _ready(self, request: Any, context: grpc.ServicerContext) -> Any:
         self._take(request, context)
         return messages.ServerReadyResponse(ready=True)
+
+    def _metadata(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self._take(request, context)
+        return messages.ServerMetadataResponse(name="quintet", version="0")
 
     def _config(self, request: Any, context: grpc.ServicerContext) -> Any:
         response = messages.ModelConfigResponse()

@@ -129,12 +129,16 @@ def _run(client: Client, options: argparse.Namespace) -> int:
     if options.verb == "status":
         return _status(client.status(), options)
     if options.verb == "generator":
+        if options.save:
+            _writable(options.save)  # before anything is asked
         return _show(_draw(client, options), options)
     if options.verb == "sentiment":
         return _show(_each(client.sentiment, _sentences(options.inputs)), options)
     if options.verb == "detection":
         if options.save and len(options.inputs) > 1:
             options.save.mkdir(parents=True, exist_ok=True)
+        elif options.save and not options.save.is_dir():
+            _writable(options.save)
 
         def detect(inputs: Iterator[Any]) -> Iterator[Detection]:
             found: Iterator[Detection] = client.detection(inputs, options.min_confidence)
@@ -189,7 +193,7 @@ def _draw(client: Client, options: argparse.Namespace) -> Iterator[tuple[str, An
     """Draw digits, and keep them: each in a file, or all in one."""
     drawn = client.generator(options.inputs or None, seed=options.seed)
     if options.save:
-        pictures.grid([one.to_pillow() for one in drawn]).save(_writable(options.save))
+        pictures.grid([one.to_pillow() for one in drawn]).save(options.save)
         yield from ((str(options.save), one) for one in drawn)
         return
     options.out.mkdir(parents=True, exist_ok=True)
@@ -206,7 +210,7 @@ def _kept(
     for name, answer in answers:
         if options.save and isinstance(answer, Detection):
             file = "stdin.png" if name == "-" else Path(name).name
-            answer.save(_writable(options.save / file if options.save.is_dir() else options.save))
+            answer.save(options.save / file if options.save.is_dir() else options.save)
         yield name, answer
 
 

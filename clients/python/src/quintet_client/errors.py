@@ -173,7 +173,7 @@ def unreachable(url: str, reason: str) -> QuintetError:
             f"What answers at {url} speaks another protocol; "
             "http:// is for the REST port (3000), grpc:// for the gRPC port (3001)."
         )
-    if "refused" in lower or "failed to connect" in lower or "unreachable" in lower:
+    if any(words in lower for words in ("refused", "failed to connect", "attempts failed", "unreachable")):
         cause = "nothing listens there"
     elif "name" in lower or "nodename" in lower or "dns" in lower or "resol" in lower:
         cause = "there is no machine of that name"

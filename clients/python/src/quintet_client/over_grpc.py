@@ -363,7 +363,15 @@ def _method(channel: Any, request: GrpcRequest) -> Any:
     )
 
 
-_OF_THE_CHANNEL = ("failed to connect", "dns resolution", "socket closed", "connection", "ssl", "http")
+_OF_THE_CHANNEL = (
+    "failed to connect",
+    "dns resolution",
+    "resolving",
+    "socket closed",
+    "connection",
+    "ssl",
+    "http",
+)
 """Words by which a channel's own failure is told from a service's sentence."""
 
 

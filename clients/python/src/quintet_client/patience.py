@@ -10,7 +10,7 @@ import time
 from quintet_client.errors import DeadlineExceeded, Overloaded, Unavailable
 
 _FIRST_WAIT_SECONDS = 0.1
-_LONGEST_WAIT_SECONDS = 5.0
+_LONGEST_WAIT_SECONDS = 2.0
 _FOR_EVER = 1_000_000
 
 
