@@ -3,6 +3,7 @@
 It decodes, asks the data plane, encodes; it decides nothing. Paths:
 
     POST /<model>                              what the room takes in, predictions out
+    GET  / /assets/…                           a page to try them, for browsers
     GET  /livez /readyz /metrics               for whoever operates the service
     /v2/…                                      the Open Inference Protocol
 """
@@ -45,6 +46,7 @@ from service.http import (
 from service.metrics import CONTENT_TYPE_LATEST, Board
 from service.models import MODELS
 from service.models.spec import Inputs, Room
+from service.pages import read_page
 from service.version import VERSION
 
 WORTH_COMPRESSING: Final = 1024
@@ -62,9 +64,11 @@ class RestDoor:
         self._plane = plane
         self._board = board
         self._models = {f"/{name}": name for name in MODELS}
-        self._pages: dict[str, Callable[[], Response]] = {
+        self._page = read_page(plane.settings.page)
+        self._pages: dict[str, Callable[[Request], Response]] = {
+            **{path: lambda request: self._page[request.path] for path in self._page},
             "/": self._index,
-            "/livez": lambda: text_response("alive\n"),
+            "/livez": lambda request: text_response("alive\n"),
             "/readyz": self._ready,
             "/metrics": self._metrics,
         }
@@ -107,16 +111,19 @@ class RestDoor:
             await _compress(response, accepted, 0 if is_machine else WORTH_COMPRESSING)
         await response.send(send, close=not self._plane.is_taking)
 
-    async def _send_page(self, request: Request, page: Callable[[], Response], send: Send) -> None:
+    async def _send_page(self, request: Request, page: Callable[[Request], Response], send: Send) -> None:
         if request.method in ("GET", "HEAD"):
-            await page().send(send, close=not self._plane.is_taking)
+            await page(request).send(send, close=not self._plane.is_taking)
         else:
             error = WrongMethod(f"{request.path} answers GET.", allow="GET, HEAD")
             await problem_response(error, as_open_inference=False).send(send)
 
     # ---- pages ----
 
-    def _index(self) -> Response:
+    def _index(self, request: Request) -> Response:
+        """The page for a browser; for anything else what there is, as JSON."""
+        if b"text/html" in request.headers.get(b"accept", b"") and "/" in self._page:
+            return self._page["/"]
         return json_response(
             {
                 "name": "quintet",
@@ -127,16 +134,17 @@ class RestDoor:
                 "open_inference_protocol": "/v2",
                 "health": ["/livez", "/readyz"],
                 "metrics": "/metrics",
-            }
+            },
+            ((b"vary", b"accept"),),
         )
 
-    def _ready(self) -> Response:
+    def _ready(self, request: Request) -> Response:
         if self._plane.is_ready:
             return text_response("ready\n")
         error = Unavailable(f"The service is {self._plane.state.value}.")
         return problem_response(error, as_open_inference=False)
 
-    def _metrics(self) -> Response:
+    def _metrics(self, request: Request) -> Response:
         self._plane.gauge()
         return Response(200, CONTENT_TYPE_LATEST.encode(), self._board.exposition())
 

@@ -19,6 +19,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="QUINTET_", frozen=True)
 
     models: Path = Field(Path(__file__).resolve().parents[1] / "models", description="the model repository")
+    page: Path = Field(
+        Path(__file__).resolve().parents[1] / "clients" / "web", description="the page to try them on"
+    )
     workers: int = Field(os.cpu_count() or 1, ge=1, le=256, description="server processes")
     grpc_host: str = Field("0.0.0.0", description="address that the gRPC door listens on")
     grpc_port: int = Field(3001, ge=0, le=65535, description="port of the gRPC door; 0 closes it")
