@@ -41,7 +41,7 @@ class Bare:
         body = (await receive())["body"]
         self._batcher.admit(1)
         sample = DIGIT.to_tensor({"image": body})
-        (row,) = await self._batcher.run([sample], None)
+        (row,) = (await self._batcher.run([sample], None)).rows
         prediction = DIGIT.to_answer(row, sample).as_json()
         answer = orjson.dumps({"model": DIGIT.name, "version": self._version, "predictions": [prediction]})
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]
