@@ -25,6 +25,7 @@ import bentoml
 import structlog
 from _bentoml_sdk.service.factory import Service
 
+from service.commands import Commands
 from service.data_plane import DataPlane, State
 from service.grpc_api import GrpcDoor
 from service.http import Receive, Scope, Send
@@ -32,10 +33,9 @@ from service.metrics import Board
 from service.models import MODELS
 from service.repository import Repository, RepositoryError
 from service.rest import RestDoor
-from service.runtime import NetworkMismatch
 from service.settings import Settings, read_settings
 
-METRICS_FOLDER: Final = "QUINTET_METRICS_FOLDER"
+SHARED_FOLDER: Final = "QUINTET_SHARED_FOLDER"
 """Names the folder that the workers of one server share; the supervisor makes it."""
 
 BACKLOG: Final = 2048
@@ -74,12 +74,14 @@ class House:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        folder = os.environ.get(METRICS_FOLDER)
-        self._board = Board(Path(folder) if folder else _metrics_folder())
-        self.plane = DataPlane(settings, self._board)
+        named = os.environ.get(SHARED_FOLDER)
+        folder = Path(named) if named else _shared_folder()
+        self._board = Board(folder)
+        self.plane = DataPlane(settings, self._board, Commands(folder))
         self.rest = RestDoor(self.plane, self._board)
         self._grpc = GrpcDoor(self.plane)
         self._loading: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._http_server: object | None = None
 
@@ -93,12 +95,13 @@ class House:
     async def _load(self) -> None:
         try:
             await asyncio.to_thread(self.plane.load)
-        except (RepositoryError, NetworkMismatch) as error:
+        except Exception as error:
             log.critical("the service cannot start", reason=str(error))
             # A worker that merely ended would be started again, to fail again.
             os.kill(os.getppid(), signal.SIGTERM)
         else:
             await self._grpc.update_health()
+            self._watching = asyncio.create_task(self.plane.keep_watch())
             log.info("ready", models=[str(loaded.room) for loaded in self.plane.models()])
 
     def _drain_on_signals(self) -> None:
@@ -145,8 +148,9 @@ class House:
     async def stop(self) -> None:
         """Answer what was accepted, then close."""
         self.plane.drain()
-        if self._loading is not None:
-            self._loading.cancel()
+        for task in (self._loading, self._watching):
+            if task is not None:
+                task.cancel()
         await self._grpc.stop(self.settings.grace_seconds)
         await self.plane.finish(self.settings.grace_seconds)
         self._board.close()
@@ -197,11 +201,29 @@ def _listen_alone() -> None:
             os.dup2(own.fileno(), inherited_number)
 
 
-def _metrics_folder() -> Path:
+def _shared_folder() -> Path:
     """A fresh folder that lives as long as this process."""
-    folder = Path(tempfile.mkdtemp(prefix="quintet-metrics-"))
+    folder = Path(tempfile.mkdtemp(prefix="quintet-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def _check_versions(repository: Repository, model: str) -> None:
+    """See that a model has a version that can be opened, if it has any.
+
+    Raises:
+        RepositoryError: it has some, and none can be; this is about the highest.
+    """
+    trouble: RepositoryError | None = None
+    for version in reversed(repository.versions(model)):
+        try:
+            repository.open(model, version)
+        except RepositoryError as error:
+            trouble = trouble or error
+        else:
+            return
+    if trouble is not None:
+        raise trouble
 
 
 @bentoml.service(
@@ -224,8 +246,7 @@ class Quintet:
         try:
             repository = Repository(settings.models)
             for model in set(repository.models()) & set(MODELS):
-                for version in repository.versions(model):
-                    repository.open(model, version)
+                _check_versions(repository, model)
         except RepositoryError as error:
             raise SystemExit(f"quintet: {error}") from None
         if settings.grpc_port:
@@ -239,7 +260,7 @@ class Quintet:
                         f"quintet: port {settings.grpc_port} for gRPC is not free ({error.strerror}); "
                         "set QUINTET_GRPC_PORT to another."
                     ) from None
-        os.environ[METRICS_FOLDER] = str(_metrics_folder())
+        os.environ[SHARED_FOLDER] = str(_shared_folder())
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:

@@ -1,26 +1,49 @@
-"""Requests to batches: bounded, first come first served, and no one's trouble is another's.
+"""Requests to batches: bounded, first come first served, and nobody's trouble is another's.
 
 A batch forms while the one before it runs; nobody waits when nothing runs, unless a
 window is set. Short batches run on the event loop, once per turn, over all that came
-in meanwhile: a thread would cost more than it gives. Longer ones run in lanes (threads).
+in meanwhile: a thread would cost more than it gives. Longer ones run in lanes: threads
+that all models share. Samples of several lengths are batched with those of about their own.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from enum import IntEnum
 from functools import partial
+from typing import Final
 
 import structlog
 
 from service.errors import DeadlineExceeded, InternalError, Overloaded, QuintetError
+from service.lanes import Lanes
 from service.models.spec import Array, Sample
 
 Row = tuple[Array, ...]
 RunNetwork = Callable[[Sequence[Sample]], list[Row]]
 
+LARGEST_WASTE: Final = 0.1
+"""At most this share of a batch is padding."""
+
+PATIENCE_SECONDS: Final = 1.0
+"""Whoever has waited longest goes before all priorities once it is this long."""
+
+PACE_WEIGHT: Final = 0.1
+"""What the last batch weighs in the measured speed of the queue."""
+
+LONGEST_RETRY_AFTER_SECONDS: Final = 60
+
 log = structlog.get_logger("quintet")
+
+
+class Priority(IntEnum):
+    """Who goes first; of equals, who came first."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
 
 
 class Job:
@@ -28,12 +51,13 @@ class Job:
 
     Once it is done, `rows` has one row for each sample, in order; `queue_seconds` is how long
     the first of them waited, `compute_seconds` the time of all its batches, `batch_size` that
-    of the largest.
+    of the largest. Until then `next` is how many have started; where samples have lengths they
+    need not start in order, and `waiting` says which have not.
     """
 
     __slots__ = (
-        "batch_size", "compute_seconds", "deadline", "entered", "future",
-        "left", "next", "queue_seconds", "rows", "samples",
+        "batch_size", "compute_seconds", "deadline", "entered", "future", "left", "lengths",
+        "next", "queue_seconds", "rows", "samples", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +68,8 @@ class Job:
         self.future = future
         self.entered = time.perf_counter()
         self.next = 0
+        self.waiting: list[int] = []
+        self.lengths: list[int] = []
         self.rows: list[Row] = [()] * len(samples)
         self.left = len(samples)
         self.batch_size = 0
@@ -80,8 +106,10 @@ class Batcher:
         queue_size: int,
         max_batch: int,
         window_seconds: float = 0.0,
-        lanes: int = 1,
-        executor: Executor | None = None,
+        lanes: Lanes | None = None,
+        length_of: Callable[[Sample], int] | None = None,
+        max_tokens: int = 1 << 62,
+        seconds_per_input: float = 0.0,
         on_batch: Callable[[int, float, Sequence[float]], None] | None = None,
     ) -> None:
         """Batch the calls of `run`.
@@ -91,47 +119,65 @@ class Batcher:
             queue_size: Samples that may wait.
             max_batch: Samples that run together at the most.
             window_seconds: How long the first of a batch waits for company.
-            lanes: Batches that may run at the same time in `executor`.
-            executor: Threads for the lanes; None runs every batch on the event loop.
+            lanes: Threads to run batches in, by turns with others; None runs every batch on the event loop.
+            length_of: A sample's length, where samples have several and shorter ones are padded:
+                then those of about one length run together.
+            max_tokens: The longest length times the samples of one batch, at the most (one sample
+                alone may be longer).
+            seconds_per_input: A first guess at what one sample takes; measured from then on.
             on_batch: Told the size, the compute seconds and the jobs' queue seconds of each batch.
         """
         self._run = run
         self._queue_size = queue_size
         self._max_batch = max_batch
         self._window = window_seconds
-        self._executor = executor
-        self._free_lanes = lanes if executor else 1
+        self._lanes = lanes
+        self._length_of = length_of
+        self._max_tokens = max_tokens
         self._on_batch = on_batch or (lambda size, compute, waits: None)
-        self._jobs: deque[Job] = deque()
+        self._lines: tuple[deque[Job], ...] = tuple(deque() for _ in Priority)
         self._turn_is_booked = False
+        self._is_asking = False
         self._window_timer: asyncio.TimerHandle | None = None
+        self._running = 0
+        self._busy_since = 0.0
+        self._pace = seconds_per_input
         self.depth = 0
+        self.spent_seconds = 0.0
 
     @property
     def is_inline(self) -> bool:
         """Whether batches run on the event loop."""
-        return self._executor is None
+        return self._lanes is None
 
     def admit(self, count: int) -> None:
         """Take `count` places in the queue.
 
         Raises:
-            Overloaded: there are not that many left.
+            Overloaded: there are not that many left; it says when there should be, at the speed
+                at which the queue has been moving.
         """
         if self.depth + count > self._queue_size:
-            raise Overloaded("The queue is full; send the request again after a pause.")
+            seconds = math.ceil(self.depth * self._pace)
+            raise Overloaded(
+                "The queue is full; send the request again after a pause.",
+                retry_after_seconds=min(max(1, seconds), LONGEST_RETRY_AFTER_SECONDS),
+            )
         self.depth += count
 
     def release(self, count: int) -> None:
         """Give back places that `admit` gave, for samples that will not be run."""
         self.depth -= count
 
-    async def run(self, samples: Sequence[Sample], deadline: float | None) -> Job:
+    async def run(
+        self, samples: Sequence[Sample], deadline: float | None, priority: Priority = Priority.NORMAL
+    ) -> Job:
         """Run admitted samples; the job, done.
 
         Args:
             samples: At least one, all admitted before.
             deadline: When to give up, on the event loop's clock.
+            priority: Whom it goes before.
 
         Raises:
             DeadlineExceeded: the deadline passed; what had not started by then never will.
@@ -139,8 +185,13 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         job = Job(samples, deadline, loop.create_future())
+        if self._length_of is not None:
+            job.lengths = list(map(self._length_of, samples))
+            job.waiting = list(range(len(samples)))
         timer = None if deadline is None else loop.call_at(deadline, self._expire, job)
-        self._jobs.append(job)
+        if not self._running and not any(self._lines):
+            self._busy_since = job.entered
+        self._lines[priority].append(job)
         self._book_turn()
         try:
             await job.future
@@ -159,9 +210,10 @@ class Batcher:
         """Give back the places of samples that have not started."""
         self.release(len(job.samples) - job.next)
         job.next = len(job.samples)
+        job.waiting = []
 
     def _book_turn(self) -> None:
-        if not self._free_lanes:
+        if self._is_asking:
             return
         is_full = self.depth >= self._max_batch
         if self._turn_is_booked:
@@ -181,41 +233,124 @@ class Batcher:
     def _turn(self) -> None:
         self._turn_is_booked = False
         self._window_timer = None
+        if self._lanes is not None:
+            self._is_asking = True
+            self._lanes.ask(self)
+            return
         batch = self._take_batch()
         if not batch:
             return
-        if self._executor is None:
-            self._finish(batch, *_timed(self._run, batch))
-        else:
-            self._free_lanes -= 1
-            loop = asyncio.get_running_loop()
-            future = loop.run_in_executor(self._executor, _timed, self._run, batch)
-            future.add_done_callback(lambda done: self._lane_is_free(batch, *done.result()))
-        if self._jobs:
+        self._finish(batch, *_timed(self._run, batch))
+        if any(self._lines):
             self._book_turn()
 
-    def _lane_is_free(self, batch: list[Slot], result: list[Row] | Exception, seconds: float) -> None:
-        self._free_lanes += 1
-        if self._jobs:
-            self._book_turn()
-        self._finish(batch, result, seconds)
+    def take_turn(self) -> bool:
+        """Run the next batch in a lane that was given to us; False where nobody waits any more."""
+        assert self._lanes is not None, "only batchers with lanes ask for them"
+        self._is_asking = False
+        batch = self._take_batch()
+        if not batch:
+            return False
+        self._running += 1
+        self._lanes.start(partial(_timed, self._run, batch), partial(self._lane_is_free, batch))
+        if any(self._lines):
+            self._is_asking = True
+            self._lanes.ask(self)
+        return True
+
+    def _lane_is_free(self, batch: list[Slot], done: tuple[list[Row] | Exception, float]) -> None:
+        assert self._lanes is not None, "only batchers with lanes ask for them"
+        self._running -= 1
+        # The next batch starts before this one is answered.
+        self._lanes.give_back(self, done[1])
+        self._finish(batch, *done)
 
     def _take_batch(self) -> list[Slot]:
         """The next samples in line, leaving out those whose caller is gone or out of time."""
+        if self._length_of is not None:
+            return self._take_batch_of_one_length()
         now = asyncio.get_running_loop().time()
         batch: list[Slot] = []
-        while self._jobs and len(batch) < self._max_batch:
-            job = self._jobs[0]
-            if job.future.done() or (job.deadline is not None and job.deadline <= now):
-                job.fail(_too_late())
-                self._drop(job)
-            end = min(len(job.samples), job.next + self._max_batch - len(batch))
-            batch.extend((job, index) for index in range(job.next, end))
-            self.release(end - job.next)
-            job.next = end
-            if end == len(job.samples):
-                self._jobs.popleft()
+        for line in self._lines_in_turn():
+            while line and len(batch) < self._max_batch:
+                job = line[0]
+                if self._is_over(job, now):
+                    job.fail(_too_late())
+                    self._drop(job)
+                end = min(len(job.samples), job.next + self._max_batch - len(batch))
+                batch.extend((job, index) for index in range(job.next, end))
+                self.release(end - job.next)
+                job.next = end
+                if end == len(job.samples):
+                    line.popleft()
         return batch
+
+    def _is_over(self, job: Job, now: float) -> bool:
+        return job.future.done() or (job.deadline is not None and job.deadline <= now)
+
+    def _lines_in_turn(self) -> Sequence[deque[Job]]:
+        """The lines by priority; but nobody waits for ever, whoever comes before them."""
+        waiting = [line for line in self._lines if line]
+        if len(waiting) > 1:
+            oldest = min(waiting, key=lambda line: line[0].entered)
+            if time.perf_counter() - oldest[0].entered > PATIENCE_SECONDS:
+                waiting.sort(key=lambda line: line is not oldest)
+        return waiting
+
+    def _take_batch_of_one_length(self) -> list[Slot]:
+        """The sample whose turn it is, and those whose lengths are nearest to its own.
+
+        As many as fit: at most `max_batch`, no more than `max_tokens` with their padding, and of
+        those at most `LARGEST_WASTE` padding.
+        """
+        now = asyncio.get_running_loop().time()
+        candidates: list[tuple[int, int, Slot]] = []
+        for line in self._lines_in_turn():
+            for job in line:
+                if self._is_over(job, now):
+                    job.fail(_too_late())
+                    self._drop(job)
+                candidates.extend(
+                    (job.lengths[index], place, (job, index))
+                    for place, index in enumerate(job.waiting, len(candidates))
+                )
+            if len(candidates) >= self._max_batch:
+                break
+        chosen = self._around_the_first(candidates) if candidates else []
+        # In the order in which they came, so that a job's samples stand together.
+        batch = [slot for _, _, slot in sorted(chosen, key=lambda one: one[1])]
+        for job, index in batch:
+            job.waiting.remove(index)
+            job.next += 1
+        self.release(len(batch))
+        for line in self._lines:
+            left = [job for job in line if job.waiting]
+            line.clear()
+            line.extend(left)
+        return batch
+
+    def _around_the_first(self, candidates: list[tuple[int, int, Slot]]) -> list[tuple[int, int, Slot]]:
+        """The first of (length, place, slot), with its nearest in length on both sides."""
+        first = candidates[0]
+        ranked = sorted(candidates, key=lambda one: one[:2])
+        low = high = ranked.index(first)
+        tokens = longest = first[0]
+        while high - low + 1 < min(len(ranked), self._max_batch):
+            size = high - low + 2
+            shorter = ranked[low - 1][0] if low else None
+            longer = ranked[high + 1][0] if high + 1 < len(ranked) else None
+            # What one more costs in padding: a shorter one its own, a longer one everybody else's.
+            takes_shorter = longer is None or (
+                shorter is not None and longest - shorter <= (longer - longest) * (size - 1)
+            )
+            length = shorter if takes_shorter else longer
+            assert length is not None, "there is one more on at least one side"
+            padded = max(longest, length) * size
+            if padded > self._max_tokens or padded - tokens - length > LARGEST_WASTE * padded:
+                break
+            longest, tokens = max(longest, length), tokens + length
+            low, high = (low - 1, high) if takes_shorter else (low, high + 1)
+        return ranked[low : high + 1]
 
     def _finish(self, batch: list[Slot], result: list[Row] | Exception, seconds: float) -> None:
         if isinstance(result, Exception):
@@ -235,20 +370,22 @@ class Batcher:
                     waits.append(job.queue_seconds)
             job.give(index, row)
         self._on_batch(size, seconds, waits)
+        # How fast the queue moves, whoever else uses the same cores.
+        now = started + seconds
+        self._pace += ((now - self._busy_since) / size - self._pace) * PACE_WEIGHT
+        self._busy_since = now
 
     def _find_culprit(self, batch: list[Slot], error: Exception) -> None:
         """Run a failed batch again, sample by sample, so that only the sample at fault fails."""
-        if self._executor is None or len(batch) == 1:
+        if self._lanes is None or len(batch) == 1:
             for slot in batch:
                 self._finish_alone(slot, error if len(batch) == 1 else _timed(self._run, [slot])[0])
             return
-        loop = asyncio.get_running_loop()
         for slot in batch:
-            future = loop.run_in_executor(self._executor, _timed, self._run, [slot])
-            future.add_done_callback(partial(self._alone_is_done, slot))
+            self._lanes.start(partial(_timed, self._run, [slot]), partial(self._alone_is_done, slot))
 
-    def _alone_is_done(self, slot: Slot, done: "asyncio.Future[tuple[list[Row] | Exception, float]]") -> None:
-        self._finish_alone(slot, done.result()[0])
+    def _alone_is_done(self, slot: Slot, done: tuple[list[Row] | Exception, float]) -> None:
+        self._finish_alone(slot, done[0])
 
     def _finish_alone(self, slot: Slot, result: list[Row] | Exception) -> None:
         job, index = slot

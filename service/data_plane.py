@@ -4,23 +4,32 @@ It knows no protocol. A door hands it inputs by tensor name and gets answers bac
 """
 
 import asyncio
-import hmac
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 
-from service.batcher import Batcher
-from service.errors import BadInput, NotFound, Overloaded, QuintetError, Unauthenticated, Unavailable
-from service.metrics import Board, Counter, Histogram, Tally
+from service.batcher import Priority
+from service.catalogue import Catalogue
+from service.commands import Command, Commands
+from service.errors import (
+    BadInput,
+    Forbidden,
+    NotFound,
+    Overloaded,
+    QuintetError,
+    Unauthenticated,
+    Unavailable,
+)
+from service.keys import Keys
+from service.lanes import Lanes
+from service.loaded_model import LoadedModel, Statistics, statistics
+from service.metrics import Board, Counter, Histogram
 from service.models import MODELS
 from service.models.spec import Answer, Inputs, Room, Sample
-from service.repository import ModelFiles, Repository
-from service.runtime import Network
 from service.settings import Settings
 
 LONG_WORK: Final = 128 * 1024
@@ -28,6 +37,11 @@ LONG_WORK: Final = 128 * 1024
 
 QUICK_INPUTS: Final = 32
 """More inputs than this are prepared in a thread, however small each is."""
+
+OBEY_SECONDS: Final = 120.0
+"""How long the administrator waits for all workers to have loaded a model."""
+
+WATCH_COMMANDS_SECONDS: Final = 0.2
 
 log = structlog.get_logger("quintet")
 T = TypeVar("T")
@@ -41,75 +55,6 @@ class State(Enum):
     DRAINING = "draining"
 
 
-class Meters:
-    """The numbers of one model version, on the board."""
-
-    def __init__(self, board: Board, model: str, version: str) -> None:
-        self._board = board
-        self._labels = (model, version)
-        self._inferences = board.counter("quintet_inferences", *self._labels)
-        self._batch_size = board.histogram("quintet_batch_size", *self._labels)
-        self._compute_seconds = board.histogram("quintet_compute_seconds", *self._labels)
-        self._queue_seconds = board.histogram("quintet_queue_seconds", *self._labels)
-        self.preprocess_seconds = board.histogram("quintet_preprocess_seconds", *self._labels)
-        self.postprocess_seconds = board.histogram("quintet_postprocess_seconds", *self._labels)
-        self._requests_computed = board.tally("requests_computed", *self._labels)
-        self._last_inference = board.gauge("last_inference", *self._labels)
-        self._batches: dict[int, Tally] = {}
-
-    def batch_ran(self, size: int, compute_seconds: float, queue_seconds: Sequence[float]) -> None:
-        """Count a batch; `queue_seconds` are those of the requests that began in it."""
-        self._inferences.add(size)
-        self._batch_size.observe(size)
-        self._compute_seconds.observe(compute_seconds)
-        for seconds in queue_seconds:
-            self._queue_seconds.observe(seconds)
-        requests = len(queue_seconds)
-        self._requests_computed.add(compute_seconds * requests, requests)
-        self._last_inference.set(time.time())
-        batches = self._batches.get(size)
-        if batches is None:
-            batches = self._batches[size] = self._board.tally("batches", *self._labels, str(size))
-        batches.add(compute_seconds)
-
-
-@dataclass(frozen=True)
-class Lapse:
-    """How often something happened, and the seconds it took in all."""
-
-    count: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a model version has done since the server started, in all workers together.
-
-    Attributes:
-        inferences: Inputs answered.
-        executions: Batches run.
-        last_inference: When a batch last ran, in seconds since 1970; 0 for never.
-        success: Requests answered.
-        fail: Requests refused or failed.
-        queue: Requests' waiting for a batch.
-        compute_input: Turning requests' inputs into tensors.
-        compute_infer: Requests' batches running the network.
-        compute_output: Turning rows into answers.
-        batches: Batches by their size.
-    """
-
-    inferences: int
-    executions: int
-    last_inference: float
-    success: Lapse
-    fail: Lapse
-    queue: Lapse
-    compute_input: Lapse
-    compute_infer: Lapse
-    compute_output: Lapse
-    batches: dict[int, Lapse]
-
-
 class Predicted(NamedTuple):
     """Answers, one for each input, in order, and how they came about (as `Job` says it)."""
 
@@ -119,97 +64,102 @@ class Predicted(NamedTuple):
     compute_seconds: float
 
 
-class LoadedModel:
-    """One version of one model, ready to answer."""
-
-    def __init__(self, files: ModelFiles, room: Room, settings: Settings, board: Board) -> None:
-        """Open, check and warm the network.
-
-        Raises:
-            NetworkMismatch: the files are not the room's network.
-        """
-        self.room = room
-        self.version = str(files.version)
-        self.network = Network(room, files.network)
-        sample = room.to_tensor(room.example)
-        self.network.warm_up(sample)
-        room.to_answer(self.network.run([sample])[0], sample)
-        # Nothing here refers back to this object: when its last request ends, it goes at once.
-        self.meters = Meters(board, room.name, self.version)
-        seconds = self.network.seconds_per_input
-        fits_inline = max(1, int(settings.inline_ms / 1000 / seconds))
-        # A batch on the event loop must stay short, or everybody else waits for it.
-        inline = seconds * 1000 <= settings.inline_ms
-        self._lanes = None if inline else ThreadPoolExecutor(settings.lanes, f"{room.name}-lane")
-        self.batcher = Batcher(
-            self.network.run,
-            queue_size=settings.queue_size,
-            max_batch=min(settings.max_batch, fits_inline) if inline else settings.max_batch,
-            window_seconds=settings.batch_window_ms / 1000,
-            lanes=settings.lanes,
-            executor=self._lanes,
-            on_batch=self.meters.batch_ran,
-        )
-        self._workers = board.gauge(
-            "quintet_model_info",
-            room.name,
-            self.version,
-            files.variant,
-            self.network.provider,
-            files.card["files"][files.variant]["sha256"],
-        )
-        self._workers.set(1)
-
-    def close(self) -> None:
-        """Let the lanes go."""
-        if self._lanes is not None:
-            self._lanes.shutdown(wait=False)
-
-
 class DataPlane:
     """All models of this worker, and the one way to ask them."""
 
-    def __init__(self, settings: Settings, board: Board) -> None:
+    def __init__(self, settings: Settings, board: Board, commands: Commands) -> None:
         self.settings = settings
         self.state = State.STARTING
         self._board = board
-        self._models: dict[str, dict[str, LoadedModel]] = {}
+        self._lanes = Lanes(settings.lanes)
+        self.catalogue = Catalogue(settings, board, self._lanes)
         self._meters: dict[tuple[str, str, str, str], tuple[Counter, Histogram]] = {}
         self._preparers = ThreadPoolExecutor(2, "prepare")
-        self._keys = [key.get_secret_value().encode() for key in settings.api_keys]
+        admin_keys = [settings.admin_key.get_secret_value()] if settings.admin_key else []
+        api_keys = [key.get_secret_value() for key in settings.api_keys]
+        self._admin_keys = Keys(admin_keys)
+        self._keys = Keys([*api_keys, *admin_keys] if api_keys else ())
+        self._commands = commands
+        self._obeying = asyncio.Lock()
         self._under_way = 0
         self._buffered_bytes = 0
 
     def load(self) -> None:
-        """Open every version of every model in the repository; blocks, so call it in a thread.
+        """Open every version of every model that is not unloaded; blocks, so call it in a thread.
 
         Raises:
             RepositoryError: the repository is damaged.
             NetworkMismatch: a file is not the network that its room describes.
         """
-        repository = Repository(self.settings.models)
-        for name in repository.models():
-            room = MODELS.get(name)
-            if room is None:
-                continue
-            versions = {}
-            for version in repository.versions(name):
-                started = time.perf_counter()
-                files = repository.open(room.name, version)
-                versions[str(version)] = LoadedModel(files, room, self.settings, self._board)
-                log.info(
-                    "model loaded",
-                    model=room.name,
-                    version=version,
-                    provider=versions[str(version)].network.provider,
-                    seconds=round(time.perf_counter() - started, 3),
-                    inline=versions[str(version)].batcher.is_inline,
-                    microseconds_per_input=round(versions[str(version)].network.seconds_per_input * 1e6),
-                )
-            if versions:
-                self._models[room.name] = versions
+        self.catalogue.load_all(self._commands.unloaded())
         if self.state is State.STARTING:
             self.state = State.READY
+
+    async def load_model(self, model: str) -> None:
+        """Open every version of a model anew, in every worker; requests go on meanwhile.
+
+        Raises:
+            NotFound: there is no such model, or the repository has no version of it.
+            BadInput: its highest version cannot be loaded; what served before still does.
+        """
+        await self._command(Command("load", model))
+        troubles = [entry for entry in self.catalogue.index() if entry.model == model and entry.reason]
+        if troubles:
+            serving = ", ".join(self.versions(model)) or "none"
+            raise BadInput(
+                f"Version {troubles[-1].version} of the model {model} was not loaded. "
+                f"{troubles[-1].reason} Versions that serve: {serving}."
+            )
+        if not self.versions(model):
+            raise NotFound(f"The repository has no version of the model {model}.")
+
+    async def unload_model(self, model: str) -> None:
+        """Let a model go, in every worker; requests under way are finished.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        await self._command(Command("unload", model))
+
+    async def _command(self, command: Command) -> None:
+        if command.model not in MODELS:
+            raise NotFound(f"There is no such model; there are {', '.join(MODELS)}.")
+        if self.state is not State.READY:
+            raise Unavailable(f"The service is {self.state.value}; send the request again after a pause.")
+        place = self._commands.give(command)
+        await self.obey()
+        give_up = time.monotonic() + OBEY_SECONDS
+        while not self._commands.are_done(place):
+            if time.monotonic() > give_up:
+                raise Unavailable("Not every worker has done it yet; ask for the index after a pause.")
+            await asyncio.sleep(0.02)
+
+    async def obey(self) -> None:
+        """Carry out the administrator's commands that are new."""
+        async with self._obeying:
+            for action, model in self._commands.read():
+                change = self.catalogue.load if action == "load" else self.catalogue.unload
+                try:
+                    await asyncio.to_thread(change, model)
+                except Exception:
+                    # Half done here is better than all workers waiting for this one.
+                    log.exception("a command failed", action=action, model=model)
+            await asyncio.to_thread(self._commands.done)
+
+    async def keep_watch(self) -> None:
+        """Obey, and look at the repository now and then, for ever."""
+        looked = time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_COMMANDS_SECONDS)
+            try:
+                if self._commands.are_new():
+                    await self.obey()
+                if self.settings.watch_seconds and time.monotonic() - looked >= self.settings.watch_seconds:
+                    looked = time.monotonic()
+                    await asyncio.to_thread(self.catalogue.watch)
+            except Exception:
+                # A full disk, say: what is loaded serves on, and the next look may go well.
+                log.exception("the repository could not be looked at")
 
     @property
     def is_ready(self) -> bool:
@@ -232,7 +182,7 @@ class DataPlane:
             raise NotFound(f"There is no such model; there are {', '.join(MODELS)}.")
         if self.state is not State.READY:
             raise Unavailable(f"The service is {self.state.value}; send the request again after a pause.")
-        versions = self._models.get(model)
+        versions = self.catalogue.models.get(model)
         if not versions:
             raise Unavailable(f"The model {model} is not loaded.")
         if not version:
@@ -252,18 +202,22 @@ class DataPlane:
         if not model:
             return self.models()
         found = self.find(model, version)
-        return [found] if version else list(self._models[model].values())
+        return [found] if version else list(self.catalogue.models[model].values())
 
     def models(self) -> list[LoadedModel]:
         """Every model version that is loaded."""
-        return [loaded for versions in self._models.values() for loaded in versions.values()]
+        return [loaded for versions in self.catalogue.models.values() for loaded in versions.values()]
 
     def versions(self, model: str) -> list[str]:
         """The versions of a model that are loaded, lowest first."""
-        return list(self._models.get(model, ()))
+        return list(self.catalogue.models.get(model, ()))
 
     async def predict(
-        self, loaded: LoadedModel, inputs: Sequence[Inputs], deadline: float | None
+        self,
+        loaded: LoadedModel,
+        inputs: Sequence[Inputs],
+        deadline: float | None,
+        priority: Priority = Priority.NORMAL,
     ) -> Predicted:
         """Answer inputs: one answer each, in order, whatever they were batched with.
 
@@ -271,6 +225,7 @@ class DataPlane:
             loaded: What `find` gave.
             inputs: One mapping by tensor name for each input.
             deadline: When to give up, on the event loop's clock; None for never.
+            priority: Whom it goes before.
 
         Raises:
             BadInput: an input cannot be prepared; its `index` says which, of several.
@@ -294,7 +249,7 @@ class DataPlane:
             batcher.release(count)
             raise
         loaded.meters.preprocess_seconds.observe(time.perf_counter() - started)
-        job = await batcher.run(samples, deadline)
+        job = await batcher.run(samples, deadline, priority)
         started = time.perf_counter()
         answers = list(map(room.to_answer, job.rows, samples))
         loaded.meters.postprocess_seconds.observe(time.perf_counter() - started)
@@ -315,11 +270,19 @@ class DataPlane:
         Raises:
             Unauthenticated: no key, or none of ours.
         """
-        if not self._keys:
-            return
-        scheme, _, key = authorization.partition(b" ")
-        if scheme.lower() != b"bearer" or not any(hmac.compare_digest(key, one) for one in self._keys):
+        if self._keys and not self._keys.open_for(authorization):
             raise Unauthenticated("Send your key as authorization: Bearer <key>.")
+
+    def check_admin_key(self, authorization: bytes) -> None:
+        """Let in who has the administrator's key, and nobody where none is set.
+
+        Raises:
+            Forbidden: the call is switched off, or this is not the key.
+        """
+        if not self._admin_keys:
+            raise Forbidden("Loading and unloading is switched off on this service.")
+        if not self._admin_keys.open_for(authorization):
+            raise Forbidden("Send the administrator's key as authorization: Bearer <key>.")
 
     def enter(self) -> None:
         """Note a request at a door.
@@ -371,7 +334,7 @@ class DataPlane:
     def statistics(self, loaded: Sequence[LoadedModel]) -> list[Statistics]:
         """What each of these model versions has done, in all workers; reads files."""
         sums = self._board.sums()
-        return [_statistics(sums, (one.room.name, one.version)) for one in loaded]
+        return [statistics(sums, one.room.name, one.version) for one in loaded]
 
     def gauge(self) -> None:
         """Say how full this worker is."""
@@ -388,45 +351,8 @@ class DataPlane:
         give_up = time.monotonic() + grace_seconds
         while self._under_way and time.monotonic() < give_up:
             await asyncio.sleep(0.01)
-        for loaded in self.models():
-            loaded.close()
+        self._lanes.close()
         self._preparers.shutdown(wait=False, cancel_futures=True)
-
-
-def _statistics(
-    sums: Mapping[str, Mapping[tuple[str, ...], Sequence[float]]], labels: tuple[str, str]
-) -> Statistics:
-    """The statistics of one (model, version), out of the board's sums."""
-
-    def number(family: str) -> float:
-        return sums[family].get(labels, (0.0,))[0]
-
-    def histogram(family: str, *outcomes: Sequence[float]) -> Lapse:
-        series = outcomes or (sums[family].get(labels, (0.0, 0.0)),)
-        return Lapse(sum(int(sum(one[:-1])) for one in series), sum(one[-1] for one in series))
-
-    requests: dict[bool, list[Sequence[float]]] = {True: [(0.0, 0.0)], False: [(0.0, 0.0)]}
-    for (model, version, _, outcome), cells in sums["quintet_request_seconds"].items():
-        if (model, version) == labels:
-            requests[outcome == "ok"].append(cells)
-    computed, computed_seconds = sums["requests_computed"].get(labels, (0.0, 0.0))
-    batches = {
-        int(size): Lapse(int(count), seconds)
-        for (model, version, size), (count, seconds) in sums["batches"].items()
-        if (model, version) == labels
-    }
-    return Statistics(
-        inferences=int(number("quintet_inferences")),
-        executions=sum(lapse.count for lapse in batches.values()),
-        last_inference=number("last_inference"),
-        success=histogram("quintet_request_seconds", *requests[True]),
-        fail=histogram("quintet_request_seconds", *requests[False]),
-        queue=histogram("quintet_queue_seconds"),
-        compute_input=histogram("quintet_preprocess_seconds"),
-        compute_infer=Lapse(int(computed), computed_seconds),
-        compute_output=histogram("quintet_postprocess_seconds"),
-        batches=dict(sorted(batches.items())),
-    )
 
 
 def _prepare(room: Room, inputs: Sequence[Inputs]) -> list[Sample]:

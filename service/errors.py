@@ -31,7 +31,7 @@ class QuintetError(Exception):
     status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
     grpc_status: ClassVar[str] = "INTERNAL"
     title: ClassVar[str] = "Internal error"
-    retry_after_seconds: ClassVar[int | None] = None
+    retry_after_seconds: int | None = None
     rejection: ClassVar[str | None] = None
     """The reason in `quintet_rejected_total`, for errors that refuse rather than fail."""
 
@@ -126,7 +126,11 @@ class Overloaded(QuintetError):
     grpc_status = "RESOURCE_EXHAUSTED"
     title = "Too many requests"
     rejection = "queue_full"
-    retry_after_seconds = 1
+
+    def __init__(self, detail: str, *, retry_after_seconds: int = 1) -> None:
+        """Say in `retry_after_seconds` when there should be room again."""
+        super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Unavailable(QuintetError):

@@ -19,8 +19,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service import open_inference
-from service.data_plane import DataPlane, LoadedModel, off_the_loop
-from service.errors import BadInput, Forbidden, InternalError, NotSupported, QuintetError
+from service.data_plane import DataPlane, off_the_loop
+from service.errors import BadInput, InternalError, NotSupported, QuintetError
+from service.loaded_model import LoadedModel
 from service.models.spec import Inputs, Room
 from service.open_inference import InputTensor
 from service.proto import grpc_service_pb2 as pb
@@ -114,10 +115,11 @@ class GrpcDoor:
             "ModelConfig": self._model_config,
             "ModelStatistics": self._model_statistics,
             "RepositoryIndex": self._repository_index,
-            "RepositoryModelLoad": self._forbidden,
-            "RepositoryModelUnload": self._forbidden,
         }
+        admin_calls = {"RepositoryModelLoad": self._load, "RepositoryModelUnload": self._unload}
         methods = {name: self._unary(name, self._plain(call)) for name, call in calls.items()}
+        for name, call in admin_calls.items():
+            methods[name] = self._unary(name, self._plain(call, is_admin=True))
         methods["ModelInfer"] = self._unary("ModelInfer", self._infer)
         methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
             self._stream,
@@ -128,10 +130,14 @@ class GrpcDoor:
             methods[name] = grpc.unary_unary_rpc_method_handler(self._not_supported(words))
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
-    def _plain(self, call: Callable[[Any], Any]) -> Callable[[Any, Context], Awaitable[Any]]:
+    def _plain(
+        self, call: Callable[[Any], Any], *, is_admin: bool = False
+    ) -> Callable[[Any, Context], Awaitable[Any]]:
         async def answer(request: Any, context: Context) -> Any:
             try:
                 self._check_key(context)
+                if is_admin:
+                    self._plane.check_admin_key(_authorization(context))
                 answered = call(_whole(request))
                 return await answered if isawaitable(answered) else answered
             except QuintetError as error:
@@ -151,7 +157,7 @@ class GrpcDoor:
         )
 
     def _check_key(self, context: Context) -> None:
-        self._plane.check_key(dict(context.invocation_metadata() or ()).get("authorization", "").encode())
+        self._plane.check_key(_authorization(context))
 
     def _model_ready(self, request: Any) -> Any:
         self._plane.find(request.name, request.version)
@@ -177,11 +183,17 @@ class GrpcDoor:
         return json_format.ParseDict(statistics, pb.ModelStatisticsResponse())
 
     def _repository_index(self, request: Any) -> Any:
-        models = open_inference.index(self._plane)
+        models = open_inference.index(self._plane, only_ready=request.ready)
         return json_format.ParseDict({"models": models}, pb.RepositoryIndexResponse())
 
-    def _forbidden(self, request: Any) -> Any:
-        raise Forbidden("Loading and unloading is switched off on this service.")
+    async def _load(self, request: Any) -> Any:
+        open_inference.refuse_overrides(request.parameters)
+        await self._plane.load_model(request.model_name)
+        return pb.RepositoryModelLoadResponse()
+
+    async def _unload(self, request: Any) -> Any:
+        await self._plane.unload_model(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
 
     def _not_supported(self, words: str) -> Callable[[bytes, Context], Awaitable[NoReturn]]:
         async def answer(request: bytes, context: Context) -> NoReturn:
@@ -248,11 +260,13 @@ class GrpcDoor:
             wanted = open_inference.wanted_outputs(
                 loaded.room, [(output.name, _parameters(output)) for output in request.outputs]
             )
-            remaining = context.time_remaining()
-            deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
+            parameters = _parameters(request)
+            seconds, priority = open_inference.wishes(parameters)
+            left = [span for span in (seconds, context.time_remaining()) if span is not None]
+            deadline = asyncio.get_running_loop().time() + min(left) if left else None
             limit = self._plane.settings.max_inputs
-            inputs = await off_the_loop(request.ByteSize(), _inputs, loaded.room, request, limit)
-            answers = (await self._plane.predict(loaded, inputs, deadline)).answers
+            inputs = await off_the_loop(request.ByteSize(), _inputs, loaded.room, request, parameters, limit)
+            answers = (await self._plane.predict(loaded, inputs, deadline, priority)).answers
             response = pb.ModelInferResponse(
                 model_name=loaded.room.name, model_version=loaded.version, id=request.id
             )
@@ -275,6 +289,12 @@ class GrpcDoor:
             if loaded is not None or failure is not None:
                 self._plane.measure(PROTOCOL, loaded, started, failure)
         return response, failure
+
+
+def _authorization(context: Context) -> bytes:
+    """What the caller sent under that name; empty for nothing."""
+    sent: str | bytes = dict(context.invocation_metadata() or ()).get("authorization", "")
+    return sent.encode() if isinstance(sent, str) else sent
 
 
 def _lenient(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -300,7 +320,7 @@ def _whole(request: Any) -> Any:
     return request
 
 
-def _inputs(room: Room, request: Any, limit: int) -> list[Inputs]:
+def _inputs(room: Room, request: Any, parameters: dict[str, Any], limit: int) -> list[Inputs]:
     """The request's tensors, from their raw or their typed form, as the room's inputs."""
     if not request.inputs:
         raise BadInput("The request must have inputs.")
@@ -317,7 +337,7 @@ def _inputs(room: Room, request: Any, limit: int) -> list[Inputs]:
             tensors.append(open_inference.from_raw(tensor.name, tensor.datatype, shape, raw))
         else:
             tensors.append(_from_contents(tensor, shape))
-    return open_inference.to_inputs(room, tensors, _parameters(request))
+    return open_inference.to_inputs(room, tensors, parameters)
 
 
 def _parameters(described: Any) -> dict[str, Any]:

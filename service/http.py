@@ -15,7 +15,7 @@ import orjson
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from service.data_plane import DataPlane, LoadedModel, off_the_loop
+from service.data_plane import DataPlane, off_the_loop
 from service.errors import (
     BadInput,
     BodyTooLarge,
@@ -24,6 +24,7 @@ from service.errors import (
     UnsupportedMediaType,
     WrongMethod,
 )
+from service.loaded_model import LoadedModel
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

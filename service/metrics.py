@@ -28,7 +28,16 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
-__all__ = ["CONTENT_TYPE_LATEST", "Board", "Counter", "Gauge", "Histogram", "MetricsFull", "Tally"]
+__all__ = [
+    "CONTENT_TYPE_LATEST",
+    "Board",
+    "Counter",
+    "Gauge",
+    "Histogram",
+    "MetricsFull",
+    "Tally",
+    "is_alive",
+]
 
 CELLS: Final = 65_536
 SECONDS: Final = (
@@ -230,7 +239,7 @@ class Board(Collector):
         sums: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in FAMILIES}
         for pid, name, labels, values in self._all_workers():
             kind = FAMILIES[name][0]
-            if kind == "gauge" and not _is_alive(pid):
+            if kind == "gauge" and not is_alive(pid):
                 continue
             total = sums[name].setdefault(labels, [0.0] * len(values))
             for position, value in enumerate(values):
@@ -280,7 +289,8 @@ def _family(name: str, series: dict[tuple[str, ...], list[float]]) -> Metric:
     return histogram
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -13,14 +13,17 @@ import binascii
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from service.data_plane import DataPlane, Lapse, LoadedModel
+from service.batcher import Priority
+from service.catalogue import READY
+from service.data_plane import DataPlane
 from service.errors import BadInput
+from service.loaded_model import Lapse, LoadedModel
 from service.models.spec import NUMPY_TYPES, Answer, Array, Inputs, Room, Tensor
 
 MAX_ELEMENTS: Final = 1 << 31
@@ -35,6 +38,7 @@ EXTENSIONS: Final = (
     "binary_tensor_data",
     "parameters",
     "statistics",
+    "schedule_policy",
 )
 
 MAX_CLASSES: Final = 1 << 31
@@ -230,6 +234,32 @@ def wanted_outputs(
     return list(wanted.values())
 
 
+class Wishes(NamedTuple):
+    """What a request's own parameters say of its turn: the seconds it may take, and whom it goes before."""
+
+    seconds: float | None
+    priority: Priority
+
+
+def wishes(parameters: Mapping[str, Any]) -> Wishes:
+    """Triton's `timeout` (microseconds; 0: none) and `priority` (1 is the highest; 0: the usual one).
+
+    Raises:
+        BadInput: they are not whole numbers from 0 up.
+    """
+    for name in ("timeout", "priority"):
+        value = parameters.get(name, 0)
+        if type(value) is not int or value < 0:
+            raise BadInput(f"The parameter {name} must be a whole number from 0 up.")
+    # As Triton does, a level that there is not means the usual one.
+    levels = {1: Priority.HIGH, 3: Priority.LOW}
+    microseconds = parameters.get("timeout", 0)
+    return Wishes(
+        microseconds / 1e6 if microseconds else None,
+        levels.get(parameters.get("priority", 0), Priority.NORMAL),
+    )
+
+
 def refuse_shared_memory(parameters: Mapping[str, Any]) -> None:
     """Say that tensors travel in the request itself.
 
@@ -416,12 +446,23 @@ def _lapse(lapse: Lapse) -> dict[str, int]:
     return {"count": lapse.count, "ns": round(lapse.seconds * 1e9)}
 
 
-def index(plane: DataPlane) -> list[dict[str, str]]:
+def index(plane: DataPlane, *, only_ready: bool = False) -> list[dict[str, str]]:
     """The model repository's index."""
     return [
-        {"name": loaded.room.name, "version": loaded.version, "state": "READY", "reason": ""}
-        for loaded in plane.models()
+        {"name": entry.model, "version": entry.version, "state": entry.state, "reason": entry.reason}
+        for entry in plane.catalogue.index()
+        if entry.state == READY or not only_ready
     ]
+
+
+def refuse_overrides(parameters: Iterable[str]) -> None:
+    """Say that a model is loaded as the repository has it.
+
+    Raises:
+        BadInput: the parameters of a load bring a configuration or files.
+    """
+    if any(name == "config" or name.startswith("file:") for name in parameters):
+        raise BadInput("A model is loaded as the repository has it; send neither config nor files.")
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:

@@ -36,6 +36,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _EXTERNAL_DATA: Final = b"\x0a\x08location"
 
 
+Fingerprint = tuple[tuple[str, int, int], ...]
+"""What a version's files look like from outside: name, bytes and time of change (ns) of each."""
+
+
 class RepositoryError(Exception):
     """The repository is not as it should be. For operators: the message may name files."""
 
@@ -115,6 +119,16 @@ class Repository:
             NotFound: there is no such model, or it has no versions.
         """
         return self._chosen(model, None)
+
+    def fingerprint(self, model: str, version: str | int) -> Fingerprint:
+        """What changes whenever a version's files do; empty where they cannot be seen."""
+        folder = self.folder / model / str(version)
+        try:
+            with os.scandir(folder) as entries:
+                seen = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+        except OSError:
+            return ()
+        return tuple(sorted((name, status.st_size, status.st_mtime_ns) for name, status in seen))
 
     def open(
         self, model: str, version: str | int | None = None, variants: Sequence[str] = ("fp32",)

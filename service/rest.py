@@ -17,11 +17,11 @@ import orjson
 import structlog
 
 from service import open_inference
+from service.batcher import Priority
 from service.bodies import Body, prefers_picture, read_query, reader_of
-from service.data_plane import DataPlane, LoadedModel, Predicted, off_the_loop
+from service.data_plane import DataPlane, Predicted, off_the_loop
 from service.errors import (
     BadInput,
-    Forbidden,
     InternalError,
     NotFound,
     NotSupported,
@@ -43,6 +43,7 @@ from service.http import (
     text_response,
     wanted_coding,
 )
+from service.loaded_model import LoadedModel
 from service.metrics import CONTENT_TYPE_LATEST, Board
 from service.models import MODELS
 from service.models.spec import Inputs, Room
@@ -167,7 +168,8 @@ class RestDoor:
         inputs = await off_the_loop(len(content), read, body)
         if options:
             inputs = [{**one, **options} for one in inputs]
-        predicted = await self._predict(request, loaded, inputs, deadline)
+        priority = _priority(request)
+        predicted = await self._predict(request, loaded, inputs, deadline, priority)
         answers = predicted.answers
         if room.as_picture is not None and prefers_picture(request.headers.get(b"accept", b"")):
             return Response(200, b"image/png", await self._plane.picture(room, inputs, answers))
@@ -188,9 +190,14 @@ class RestDoor:
         )
 
     async def _predict(
-        self, request: Request, loaded: LoadedModel, inputs: Sequence[Inputs], deadline: float | None
+        self,
+        request: Request,
+        loaded: LoadedModel,
+        inputs: Sequence[Inputs],
+        deadline: float | None,
+        priority: Priority,
     ) -> Predicted:
-        work = self._plane.predict(loaded, inputs, deadline)
+        work = self._plane.predict(loaded, inputs, deadline, priority)
         # A batch on the event loop is over before a hang-up could be seen.
         return await (work if loaded.batcher.is_inline else request.unless_gone(work))
 
@@ -220,10 +227,14 @@ class RestDoor:
                 return await self._model(request, name, rest, started)
             case ["repository", "index"]:
                 _must_be(request, "POST")
-                return json_response(open_inference.index(self._plane))
-            case ["repository", "models", _, "load" | "unload"]:
+                asked = await _optional_json(request, self._plane)
+                return json_response(open_inference.index(self._plane, only_ready=asked.get("ready") is True))
+            case ["repository", "models", name, "load" | "unload" as action]:
                 _must_be(request, "POST")
-                raise Forbidden("Loading and unloading is switched off on this service.")
+                self._plane.check_admin_key(request.headers.get(b"authorization", b""))
+                open_inference.refuse_overrides(_parameters(await _optional_json(request, self._plane)))
+                await (self._plane.load_model if action == "load" else self._plane.unload_model)(name)
+                return json_response({})
         raise NotFound("The Open Inference Protocol has no such path.")
 
     async def _model(self, request: Request, name: str, rest: list[str], started: float) -> Response:
@@ -267,9 +278,14 @@ class RestDoor:
         head_length = _head_length(request, len(body))
         limit = self._plane.settings.max_inputs
         head, inputs = await off_the_loop(len(body), _read_infer, loaded.room, body, head_length, limit)
-        all_binary = _parameters(head).get("binary_data_output") is True
+        parameters = _parameters(head)
+        seconds, priority = open_inference.wishes(parameters)
+        if seconds is not None:
+            soonest = asyncio.get_running_loop().time() + seconds - (time.perf_counter() - started)
+            deadline = soonest if deadline is None else min(deadline, soonest)
+        all_binary = parameters.get("binary_data_output") is True
         wanted = open_inference.wanted_outputs(loaded.room, _asked_outputs(head), is_binary=all_binary)
-        answers = (await self._predict(request, loaded, inputs, deadline)).answers
+        answers = (await self._predict(request, loaded, inputs, deadline, priority)).answers
         outputs, chunks = [], []
         for one, output in open_inference.to_outputs(loaded.room, answers, wanted):
             described: dict[str, Any] = {
@@ -303,6 +319,12 @@ async def _compress(response: Response, accepted: bytes, least_bytes: int) -> No
         response.headers += ((b"content-encoding", coding), (b"vary", b"accept-encoding"))
 
 
+async def _optional_json(request: Request, plane: DataPlane) -> dict[str, Any]:
+    """The JSON object of a body that may be left out."""
+    body = await request.body(plane)
+    return read_json(body) if body else {}
+
+
 def _must_be(request: Request, method: str) -> None:
     if request.method != method:
         raise WrongMethod(f"This path answers {method}.", allow=method)
@@ -321,6 +343,17 @@ def _deadline(request: Request, started: float) -> float | None:
         raise BadInput("Quintet-Timeout-Ms must be a number of milliseconds above 0, of a day at most.")
     elapsed = time.perf_counter() - started
     return asyncio.get_running_loop().time() + milliseconds / 1000 - elapsed
+
+
+def _priority(request: Request) -> Priority:
+    """Whom the caller says the request goes before."""
+    value = request.headers.get(b"quintet-priority")
+    if value is None:
+        return Priority.NORMAL
+    try:
+        return Priority[value.decode().upper()]
+    except (KeyError, UnicodeDecodeError):
+        raise BadInput("Quintet-Priority must be high, normal or low.") from None
 
 
 def _head_length(request: Request, body_length: int) -> int | None:

@@ -2,11 +2,36 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from service.models import MODELS
+
 MEBIBYTE = 1024 * 1024
+
+
+class Policy(BaseModel):
+    """How the requests for one model are batched; what is not said is as for all models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queue_size: int | None = Field(None, ge=1)
+    max_batch: int | None = Field(None, ge=1, le=4096)
+    max_tokens: int | None = Field(None, ge=1)
+    batch_window_ms: float | None = Field(None, ge=0, le=1000)
+    batch_ms: float | None = Field(None, gt=0)
+
+
+class WholePolicy(NamedTuple):
+    """How the requests for one model are batched."""
+
+    queue_size: int
+    max_batch: int
+    max_tokens: int
+    batch_window_ms: float
+    batch_ms: float
 
 
 class Settings(BaseSettings):
@@ -29,9 +54,15 @@ class Settings(BaseSettings):
     queue_size: int = Field(1024, ge=1, description="inputs that may wait for one model, in each worker")
     max_batch: int = Field(64, ge=1, le=4096, description="inputs that run together at the most")
     max_inputs: int = Field(256, ge=1, description="inputs in one request at the most")
+    max_tokens: int = Field(8192, ge=1, description="tokens of texts that run together, with their padding")
     batch_window_ms: float = Field(0, ge=0, le=1000, description="how long a batch may wait for company")
+    batch_ms: float = Field(100.0, gt=0, description="no batch is so large that it should take longer")
     inline_ms: float = Field(1.0, ge=0, description="a batch expected to take longer leaves the event loop")
     lanes: int = Field(1, ge=1, le=64, description="batches that run at the same time, in each worker")
+    policies: dict[str, Policy] = Field(
+        {}, description='of these, other values for single models, as JSON: {"sentiment": {"max_batch": 16}}'
+    )
+    watch_seconds: float = Field(2.0, ge=0, description="how often the repository is looked at; 0: never")
 
     max_body_bytes: int = Field(16 * MEBIBYTE, ge=1, description="one body, also once decompressed")
     max_buffered_bytes: int = Field(256 * MEBIBYTE, ge=1, description="all bodies held at one time, together")
@@ -40,8 +71,29 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(1.0, ge=0, description="how long /readyz says 503 before the doors close")
     grace_seconds: float = Field(20.0, ge=0, description="how long accepted work may take after that")
 
-    api_keys: tuple[SecretStr, ...] = Field((), description='keys of callers, as JSON: ["…"]; none: open')
+    api_keys: tuple[SecretStr, ...] = Field(
+        (), description='keys of callers or their digests, as JSON: ["…", "sha256:…"]; none: open'
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="key, or digest, for loading and unloading; none: off"
+    )
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="least level logged")
+
+    @field_validator("policies")
+    @classmethod
+    def _name_only_models(cls, policies: dict[str, Policy]) -> dict[str, Policy]:
+        unknown = set(policies) - set(MODELS)
+        if unknown:
+            raise ValueError(f"there is no model {min(unknown)}; there are {', '.join(MODELS)}")
+        return policies
+
+    def policy(self, model: str) -> WholePolicy:
+        """How the requests for one model are batched."""
+        own = self.policies.get(model, Policy())
+        said = {name: getattr(own, name) for name in WholePolicy._fields}
+        return WholePolicy(
+            **{name: getattr(self, name) if value is None else value for name, value in said.items()}
+        )
 
 
 def read_settings() -> Settings:

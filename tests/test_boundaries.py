@@ -111,7 +111,7 @@ def test_what_serves_is_the_services_own_business(package: str) -> None:
 
 def test_the_batcher_and_the_rooms_know_no_protocol() -> None:
     protocols = {"grpc", "httptools", "uvicorn", "starlette", "bentoml", "python_multipart", "service.http"}
-    core = ["batcher.py", "data_plane.py", "runtime.py", "repository.py", *(
+    core = ["batcher.py", "lanes.py", "loaded_model.py", "catalogue.py", "data_plane.py", "runtime.py", "repository.py", *(
         f"models/{path.name}" for path in (ROOT / "service" / "models").glob("*.py")
     )]  # fmt: skip
     for name in core:

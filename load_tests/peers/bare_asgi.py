@@ -4,12 +4,11 @@ No routes, no limits, no deadlines, no errors, no metrics: what the service take
 this is the price of being a service. Run by `uvicorn --factory`.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import orjson
 
 from service.batcher import Batcher
 from service.http import Receive, Scope, Send
+from service.lanes import Lanes
 from service.models.digit import DIGIT
 from service.repository import Repository
 from service.runtime import Network
@@ -32,8 +31,7 @@ class Bare:
             network.run,
             queue_size=settings.queue_size,
             max_batch=min(settings.max_batch, fits_inline) if inline else settings.max_batch,
-            lanes=settings.lanes,
-            executor=None if inline else ThreadPoolExecutor(settings.lanes),
+            lanes=None if inline else Lanes(settings.lanes),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -5,14 +5,14 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
-from service.batcher import Batcher, Row
+from service.batcher import LARGEST_WASTE, PATIENCE_SECONDS, Batcher, Priority, Row
 from service.errors import DeadlineExceeded, InternalError, Overloaded
+from service.lanes import Lanes
 from service.models.spec import Sample
 
 POISON = -1
@@ -61,26 +61,34 @@ class Gate(Doubler):
 
 
 @pytest.fixture
-def lanes() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as executor:
-        yield executor
+def lanes() -> Iterator[Lanes]:
+    lanes = Lanes(1)
+    yield lanes
+    lanes.close()
 
 
 @pytest.fixture(params=["inline", "in lanes"])
-def batcher_of(request: pytest.FixtureRequest, lanes: ThreadPoolExecutor) -> Callable[..., Batcher]:
+def batcher_of(request: pytest.FixtureRequest) -> Iterator[Callable[..., Batcher]]:
     """`batcher_of(run, max_batch=4)`, on the event loop and in threads."""
+    made: list[Lanes] = []
 
-    def create(run: Callable[[Sequence[Sample]], list[Row]], **options: Any) -> Batcher:
-        executor = None if request.param == "inline" else lanes
-        return Batcher(run, **{"queue_size": 1000, "max_batch": 8, "executor": executor, **options})
+    def create(run: Callable[[Sequence[Sample]], list[Row]], *, threads: int = 1, **options: Any) -> Batcher:
+        if request.param == "in lanes":
+            made.append(Lanes(threads))
+            options["lanes"] = made[-1]
+        return Batcher(run, **{"queue_size": 1000, "max_batch": 8, **options})
 
-    return create
+    yield create
+    for lanes in made:
+        lanes.close()
 
 
-async def ask(batcher: Batcher, *numbers: int, deadline: float | None = None) -> list[int]:
+async def ask(
+    batcher: Batcher, *numbers: int, deadline: float | None = None, priority: Priority = Priority.NORMAL
+) -> list[int]:
     """One request, from the queue's door to its rows."""
     batcher.admit(len(numbers))
-    return numbers_in((await batcher.run(samples(*numbers), deadline)).rows)
+    return numbers_in((await batcher.run(samples(*numbers), deadline, priority)).rows)
 
 
 async def all_at_once(batcher: Batcher, *requests: Sequence[int]) -> list[Any]:
@@ -202,9 +210,9 @@ async def test_a_deadline_that_is_past_means_the_work_is_never_started(
     assert batcher.depth == 0
 
 
-async def test_a_deadline_that_passes_in_the_queue_is_told_at_once(lanes: ThreadPoolExecutor) -> None:
+async def test_a_deadline_that_passes_in_the_queue_is_told_at_once(lanes: Lanes) -> None:
     gate = Gate()
-    batcher = Batcher(gate, queue_size=10, max_batch=1, executor=lanes)
+    batcher = Batcher(gate, queue_size=10, max_batch=1, lanes=lanes)
     running = asyncio.create_task(ask(batcher, 1))
     await gate.is_entered()
     loop = asyncio.get_running_loop()
@@ -218,9 +226,9 @@ async def test_a_deadline_that_passes_in_the_queue_is_told_at_once(lanes: Thread
     assert gate.batches == [[1], [4]]
 
 
-async def test_a_deadline_that_passes_halfway_spares_the_other_half(lanes: ThreadPoolExecutor) -> None:
+async def test_a_deadline_that_passes_halfway_spares_the_other_half(lanes: Lanes) -> None:
     gate = Gate()
-    batcher = Batcher(gate, queue_size=10, max_batch=1, executor=lanes)
+    batcher = Batcher(gate, queue_size=10, max_batch=1, lanes=lanes)
     asking = asyncio.create_task(ask(batcher, 1, 2, 3, deadline=asyncio.get_running_loop().time() + 0.2))
     await gate.is_entered()
     with pytest.raises(DeadlineExceeded):
@@ -297,9 +305,9 @@ async def test_a_batch_that_fills_up_does_not_wait_for_the_end_of_its_window(
     assert double.batches == [[1, 2, 3]]
 
 
-async def test_the_next_batch_forms_while_one_runs(lanes: ThreadPoolExecutor) -> None:
+async def test_the_next_batch_forms_while_one_runs(lanes: Lanes) -> None:
     gate = Gate()
-    batcher = Batcher(gate, queue_size=10, max_batch=8, executor=lanes)
+    batcher = Batcher(gate, queue_size=10, max_batch=8, lanes=lanes)
     requests = [asyncio.create_task(ask(batcher, 1))]
     await gate.is_entered()
     for number in (2, 3, 4):
@@ -311,9 +319,9 @@ async def test_the_next_batch_forms_while_one_runs(lanes: ThreadPoolExecutor) ->
     assert gate.batches == [[1], [2, 3, 4]]
 
 
-async def test_as_many_batches_run_at_a_time_as_there_are_lanes(lanes: ThreadPoolExecutor) -> None:
-    gate = Gate()
-    batcher = Batcher(gate, queue_size=10, max_batch=1, lanes=2, executor=lanes)
+async def test_as_many_batches_run_at_a_time_as_there_are_lanes() -> None:
+    gate, lanes = Gate(), Lanes(2)
+    batcher = Batcher(gate, queue_size=10, max_batch=1, lanes=lanes)
     requests = [asyncio.create_task(ask(batcher, number)) for number in (1, 2, 3)]
     await gate.is_entered()
     await gate.is_entered()
@@ -321,10 +329,12 @@ async def test_as_many_batches_run_at_a_time_as_there_are_lanes(lanes: ThreadPoo
     assert not gate.entered.acquire(timeout=0.05)
     gate.open()
     assert await asyncio.gather(*requests) == [[2], [4], [6]]
+    lanes.close()
 
 
-async def test_never_more_batches_run_at_a_time_than_there_are_lanes(lanes: ThreadPoolExecutor) -> None:
+async def test_never_more_batches_run_at_a_time_than_there_are_lanes() -> None:
     running, most, lock = 0, 0, threading.Lock()
+    lanes = Lanes(2)
 
     def run(batch: Sequence[Sample]) -> list[Row]:
         nonlocal running, most
@@ -336,9 +346,10 @@ async def test_never_more_batches_run_at_a_time_than_there_are_lanes(lanes: Thre
             running -= 1
         return [(np.array(0),) for _ in batch]
 
-    batcher = Batcher(run, queue_size=100, max_batch=1, lanes=2, executor=lanes)
+    batcher = Batcher(run, queue_size=100, max_batch=1, lanes=lanes)
     await asyncio.gather(*(ask(batcher, number) for number in range(50)))
     assert most == 2
+    lanes.close()
 
 
 async def test_two_batchers_on_one_loop_take_turns() -> None:
@@ -354,6 +365,180 @@ async def test_two_batchers_on_one_loop_take_turns() -> None:
     one, other = (Batcher(run_as(name), queue_size=100, max_batch=1) for name in ("one", "other"))
     await asyncio.gather(ask(one, *range(20)), ask(other, *range(20)))
     assert turns == ["one", "other"] * 20
+
+
+async def test_batchers_that_share_lanes_get_the_same_share_of_them(lanes: Lanes) -> None:
+    """One that takes five times as long for a batch gets a fifth of the turns."""
+    spent = {"slow": 0.0, "quick": 0.0}
+    done = asyncio.Event()
+
+    def run_as(name: str, seconds: float) -> Callable[[Sequence[Sample]], list[Row]]:
+        def run(batch: Sequence[Sample]) -> list[Row]:
+            time.sleep(seconds)
+            if not done.is_set():
+                spent[name] += seconds
+            return [(np.array(0),) for _ in batch]
+
+        return run
+
+    slow = Batcher(run_as("slow", 0.01), queue_size=1000, max_batch=1, lanes=lanes)
+    quick = Batcher(run_as("quick", 0.002), queue_size=1000, max_batch=1, lanes=lanes)
+    one = asyncio.create_task(ask(slow, *range(100)))
+    other = asyncio.create_task(ask(quick, *range(100)))
+    await other
+    done.set()
+    assert spent["quick"] == pytest.approx(0.2)
+    assert spent["slow"] == pytest.approx(0.2, rel=0.5)
+    one.cancel()
+    await asyncio.gather(one, return_exceptions=True)
+
+
+async def test_who_comes_back_after_a_pause_has_no_savings(lanes: Lanes) -> None:
+    turns: list[str] = []
+
+    def run_as(name: str) -> Callable[[Sequence[Sample]], list[Row]]:
+        def run(batch: Sequence[Sample]) -> list[Row]:
+            time.sleep(0.002)
+            turns.append(name)
+            return [(np.array(0),) for _ in batch]
+
+        return run
+
+    one, other = (
+        Batcher(run_as(name), queue_size=100, max_batch=1, lanes=lanes) for name in ("one", "other")
+    )
+    await ask(one, *range(20))
+    turns.clear()
+    await asyncio.gather(ask(one, *range(10)), ask(other, *range(10)))
+    assert 3 <= turns[:10].count("one") <= 7
+
+
+async def test_higher_priorities_go_first_and_equals_keep_their_order(lanes: Lanes) -> None:
+    gate = Gate()
+    batcher = Batcher(gate, queue_size=100, max_batch=1, lanes=lanes)
+    requests = [asyncio.create_task(ask(batcher, 0))]
+    await gate.is_entered()
+    for number, priority in [(1, Priority.LOW), (2, Priority.NORMAL), (3, Priority.HIGH), (4, Priority.HIGH)]:
+        requests.append(asyncio.create_task(ask(batcher, number, priority=priority)))
+        await a_turn_of_the_loop()
+    gate.open()
+    await asyncio.gather(*requests)
+    assert gate.batches == [[0], [3], [4], [2], [1]]
+
+
+async def test_nobody_waits_for_ever_behind_higher_priorities(
+    lanes: Lanes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert PATIENCE_SECONDS >= 0.1
+    monkeypatch.setattr("service.batcher.PATIENCE_SECONDS", 0.02)
+    double = Doubler()
+
+    def run(batch: Sequence[Sample]) -> list[Row]:
+        time.sleep(0.002)
+        return double(batch)
+
+    batcher = Batcher(run, queue_size=1000, max_batch=1, lanes=lanes)
+
+    async def hurry() -> None:
+        while True:
+            await ask(batcher, 1, priority=Priority.HIGH)
+
+    hurrying = [asyncio.create_task(hurry()) for _ in range(5)]
+    await asyncio.sleep(0.01)
+    assert await asyncio.wait_for(ask(batcher, 2, priority=Priority.LOW), 5) == [4]
+    assert double.batches.index([2]) > 5
+    for task in hurrying:
+        task.cancel()
+    await asyncio.gather(*hurrying, return_exceptions=True)
+
+
+async def test_a_full_queue_says_when_it_will_have_moved(lanes: Lanes) -> None:
+    def run(batch: Sequence[Sample]) -> list[Row]:
+        time.sleep(0.01 * len(batch))
+        return [(np.array(0),) for _ in batch]
+
+    batcher = Batcher(run, queue_size=500, max_batch=1, lanes=lanes, seconds_per_input=10.0)
+    for _ in range(60):
+        await ask(batcher, 1)
+    batcher.admit(500)
+    with pytest.raises(Overloaded) as caught:
+        batcher.admit(1)
+    # 500 samples of 10 ms; the first guess was far off.
+    assert caught.value.retry_after_seconds is not None
+    assert 5 <= caught.value.retry_after_seconds <= 15
+
+
+# ---- samples of several lengths ----
+
+
+class Padder:
+    """Gives every text's length, and keeps how much of its batches was padding."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __call__(self, batch: Sequence[Sample]) -> list[Row]:
+        self.batches.append([len(sample.tensors[0]) for sample in batch])
+        return [(np.array(len(sample.tensors[0])),) for sample in batch]
+
+    @property
+    def waste(self) -> float:
+        padded = sum(max(batch) * len(batch) for batch in self.batches)
+        return 1 - sum(map(sum, self.batches)) / padded
+
+
+def texts(*lengths: int) -> list[Sample]:
+    return [Sample((np.zeros(length, np.int64),)) for length in lengths]
+
+
+def text_batcher(run: Padder, **options: Any) -> Batcher:
+    return Batcher(
+        run, **{"queue_size": 2000, "max_batch": 16, "length_of": lambda one: len(one.tensors[0]), **options}
+    )
+
+
+async def read(batcher: Batcher, *lengths: int, **options: Any) -> list[int]:
+    batcher.admit(len(lengths))
+    return numbers_in((await batcher.run(texts(*lengths), None, **options)).rows)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_mixed_lengths_are_hardly_padded_and_everyone_gets_their_own(seed: int) -> None:
+    chance, pad = random.Random(seed), Padder()
+    batcher = text_batcher(pad)
+    lengths = [[round(chance.lognormvariate(3.2, 0.8)) + 2 for _ in range(chance.choice([1, 1, 3, 20]))]
+               for _ in range(100)]  # fmt: skip
+    assert await asyncio.gather(*(read(batcher, *some) for some in lengths)) == lengths
+    assert batcher.depth == 0
+    assert pad.waste <= LARGEST_WASTE
+    assert all(max(batch) * len(batch) * (1 - LARGEST_WASTE) <= sum(batch) for batch in pad.batches)
+    # And yet they are batches.
+    assert sum(map(len, pad.batches)) / len(pad.batches) > 4
+
+
+async def test_a_batch_of_texts_keeps_within_its_tokens() -> None:
+    pad = Padder()
+    batcher = text_batcher(pad, max_tokens=100)
+    await read(batcher, 30, 30, 30, 30, 200)
+    assert sorted(pad.batches) == [[30], [30, 30, 30], [200]]
+
+
+async def test_the_text_that_came_first_is_never_passed_over() -> None:
+    pad = Padder()
+    batcher = text_batcher(pad, max_batch=2)
+    await asyncio.gather(read(batcher, 500), *(read(batcher, 10) for _ in range(10)))
+    assert pad.batches[0] == [500]
+
+
+async def test_texts_whose_caller_is_gone_are_never_run() -> None:
+    pad = Padder()
+    batcher = text_batcher(pad)
+    first, second = (asyncio.create_task(read(batcher, length)) for length in (10, 11))
+    await a_turn_of_the_loop()
+    first.cancel()
+    assert await second == [11]
+    assert pad.batches == [[11]]
+    assert batcher.depth == 0
 
 
 async def test_other_work_on_the_loop_goes_on_between_two_inline_batches() -> None:
@@ -399,7 +584,7 @@ async def test_whatever_happens_everyone_gets_their_own_and_the_queue_is_empty_a
         run,
         queue_size=chance.choice([5, 20, 100]),
         max_batch=chance.choice([1, 3, 8]),
-        lanes=chance.choice([1, 2, 4]),
+        threads=chance.choice([1, 2, 4]),
         window_seconds=chance.choice([0, 0, 0.002]),
     )
     loop = asyncio.get_running_loop()

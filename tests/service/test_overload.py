@@ -240,6 +240,7 @@ def small_house(start_quintet: StartQuintet) -> Iterator[QuintetServer]:
         max_requests=REQUESTS,
         max_buffered_bytes=BUFFERED,
         batch_window_ms=1000,
+        inline_ms=1000,
         workers=1,
         drain_seconds=0,
     ) as server:

@@ -186,6 +186,14 @@ def test_a_deadline_that_passes(http: httpx.Client, digit_png: bytes) -> None:
     assert response.json()["status"] == 504
 
 
+@pytest.mark.parametrize(
+    ("priority", "status"), [("high", 200), ("Normal", 200), ("LOW", 200), ("first", 400), ("é", 400)]
+)
+def test_a_priority(http: httpx.Client, digit_png: bytes, priority: str, status: int) -> None:
+    headers = {"Quintet-Priority": priority.encode()}
+    assert http.post("/digit", content=digit_png, headers=headers).status_code == status
+
+
 def test_a_body_that_comes_in_chunks(http: httpx.Client, digit_png: bytes) -> None:
     chunks = (digit_png[position : position + 40] for position in range(0, len(digit_png), 40))
     response = http.post("/digit", content=chunks)

@@ -218,6 +218,19 @@ def test_the_likeliest_classes_come_with_their_labels(triton: Triton, room: Room
         assert label == room.labels[int(index)]
 
 
+@pytest.mark.parametrize("priority", [0, 1, 2, 3, 17])
+def test_a_request_may_say_how_urgent_it_is(triton: Triton, priority: int) -> None:
+    room = MODELS["digit"]
+    result = triton.infer(room.name, triton.inputs(room), priority=priority, timeout=20_000_000)
+    assert result.as_numpy("label") is not None
+
+
+def test_a_time_that_is_too_short_is_not_exceeded(triton: Triton) -> None:
+    room = MODELS["digit"]
+    with pytest.raises(InferenceServerException, match="deadline passed"):
+        triton.infer(room.name, triton.inputs(room), timeout=1)
+
+
 def test_texts_cannot_be_ranked(triton: Triton) -> None:
     room = MODELS["digit"]
     with pytest.raises(InferenceServerException, match="BYTES"):
