@@ -137,7 +137,7 @@ def draw_confusion(counts: npt.NDArray[np.int64], labels: Sequence[str], path: P
     axes.imshow(mistakes, cmap="Reds")
     for row, column in np.ndindex(*counts.shape):
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=8)
-    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) < 4 else 45)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("read as")
     axes.set_ylabel("is")

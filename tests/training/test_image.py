@@ -82,7 +82,7 @@ def run(
 
 def finish(process: "subprocess.Popen[str]") -> str:
     """Wait for a run to end well; what it printed."""
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     return printed
 
