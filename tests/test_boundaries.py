@@ -111,9 +111,9 @@ def test_what_serves_is_the_services_own_business(package: str) -> None:
 
 def test_the_batcher_and_the_rooms_know_no_protocol() -> None:
     protocols = {"grpc", "httptools", "uvicorn", "starlette", "bentoml", "python_multipart", "service.http"}
-    core = ["batcher.py", "lanes.py", "loaded_model.py", "catalogue.py", "data_plane.py", "runtime.py", "repository.py", *(
-        f"models/{path.name}" for path in (ROOT / "service" / "models").glob("*.py")
-    )]  # fmt: skip
+    names = ("batcher", "lanes", "loaded_model", "catalogue", "data_plane", "runtime", "repository")
+    rooms = (ROOT / "service" / "models").glob("*.py")
+    core = [*(f"{name}.py" for name in names), *(f"models/{path.name}" for path in rooms)]
     for name in core:
         assert protocols.isdisjoint(imported(ROOT / "service" / name, "service")), name
 
