@@ -98,6 +98,8 @@ async function reach(path, options) {
     case 429:
       throw new Trouble("busy", "The service has more work than it can take just now; try again in a moment.");
     case 503:
+      // The service as a whole, or only the model that was asked?
+      if (await isReady()) throw new Trouble("absent", sentence);
       lose();
       throw new Trouble("gone", sentence);
     default:
@@ -146,11 +148,15 @@ async function knock() {
 
 /** Looks once whether the service takes requests. */
 export async function wake() {
+  if (!(await isReady())) lose();
+  else if (state !== "locked") become("ready");
+}
+
+async function isReady() {
   try {
     const response = await fetch(address("readyz"), { cache: "no-store", signal: AbortSignal.timeout(3000) });
-    if (!response.ok) lose();
-    else if (state !== "locked") become("ready");
+    return response.ok;
   } catch {
-    lose();
+    return false;
   }
 }
