@@ -216,7 +216,12 @@ def shards(examples: int, settings: Settings, epoch: int) -> Iterator[Tensor]:
     shuffle = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
     order = torch.randperm(examples, generator=shuffle)
     for batch in torch.split(order, settings.batch_size)[: steps_per_epoch(examples, settings.batch_size)]:
-        yield batch[process_rank() :: process_count()]
+        yield share(batch)
+
+
+def share(batch: Tensor) -> Tensor:
+    """This process's part of a batch that all processes learn from together."""
+    return batch[process_rank() :: process_count()]
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
@@ -240,6 +245,7 @@ def fit(
     out: Path,
     identity: Mapping[str, Any],
     resume: bool = False,
+    batches: Sequence[Sequence[Tensor]] | None = None,
 ) -> Story:
     """Train the players for `settings.epochs` epochs, or for what is left of them.
 
@@ -253,6 +259,9 @@ def fit(
         out: Folder for the resume point and the TensorBoard scalars.
         identity: What a resume point must agree with to be this run's: settings, data.
         resume: Go on from the resume point in `out` where there is one.
+        batches: Each epoch's batches, int64 indices, as many in every epoch: for examples of
+            many lengths, which learn faster beside their like. None for shuffled batches of
+            `settings.batch_size`.
 
     Returns:
         What happened, a broken-off run's part included.
@@ -265,7 +274,7 @@ def fit(
     first = process_rank() == 0
     console = Console(quiet=not first, soft_wrap=True)
     story = _restore(players, out / RESUME_POINT, dict(identity), device, console) if resume else Story()
-    steps = steps_per_epoch(examples, settings.batch_size)
+    steps = len(batches[0]) if batches else steps_per_epoch(examples, settings.batch_size)
     movers = [_shared(player.network, device) for player in players]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(settings.precision, device))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -284,7 +293,9 @@ def fit(
             for player in players:
                 player.network.train()
             losses = torch.zeros(len(players), device=device)
-            for step, indices in enumerate(shards(examples, settings, epoch)):
+            for step, indices in enumerate(
+                map(share, batches[epoch - 1]) if batches else shards(examples, settings, epoch)
+            ):
                 done = (epoch - 1) * steps + step
                 batch = batch_of(indices, done / (settings.epochs * steps))
                 for number, (player, mover) in enumerate(zip(players, movers, strict=True)):
