@@ -14,7 +14,7 @@ from export.proof import prove
 from export.publish import VARIANTS, publish, refuse_taken
 from export.to_onnx import TorchAnswers, to_onnx
 from service.models.spec import Room
-from training.card import read_checkpoint
+from training.card import read_assets, read_checkpoint
 from training.exam import is_same_score
 
 FACTS: Final = ("scores", "data", "training", "licence", "intended_use", "limits")
@@ -51,6 +51,7 @@ def export(
     refuse_taken(repository, room.name, version)
     folder = checkpoint or _first_run(room)
     trained, facts = read_checkpoint(folder)
+    assets = read_assets(folder, facts)
     _refuse_another_model(room, folder, facts)
     story = importlib.import_module(f"training.{room.name}")
     network = story.head(trained, facts)
@@ -68,7 +69,7 @@ def export(
     published = publish(
         repository,
         room.name,
-        {one.path: one.network for one in exported.values()},
+        {one.path: one.network for one in exported.values()} | assets,
         lambda number: card(room, number, facts, exported),
         version,
     )

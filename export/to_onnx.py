@@ -16,6 +16,9 @@ OPSET = 20
 
 BATCH_AXIS = "batch"
 
+EXAMPLE_LENGTH = 7
+"""Of a free axis while the network is traced; any would do but 0 and 1, which are taken for constants."""
+
 
 class TorchAnswers:
     """Runs a torch network on numpy arrays: what the exported graph is compared with."""
@@ -33,8 +36,9 @@ class TorchAnswers:
 def to_onnx(network: nn.Module, room: Room) -> bytes:
     """Convert a network whose inputs and outputs are the room's `network_inputs` and `network_outputs`.
 
-    The graph has one free axis, `batch`, the first of every tensor. Constants are folded,
-    batch normalisation is part of the convolution before it, and all weights are inside.
+    The graph has a free axis `batch`, the first of every tensor, and one wherever the room
+    says -1. Constants are folded, batch normalisation is part of the convolution before it,
+    and all weights are inside.
 
     Args:
         network: Takes the room's tensors [n, ...] by position; used in eval mode, on the CPU.
@@ -46,10 +50,18 @@ def to_onnx(network: nn.Module, room: Room) -> bytes:
     """
     # Two rows: torch's tracer would take a batch of one for a constant.
     examples = tuple(
-        torch.zeros((2, *tensor.shape), dtype=torch.from_numpy(tensor.dtype.type(0).reshape(1)).dtype)
+        torch.zeros(
+            (2, *(EXAMPLE_LENGTH if size < 0 else size for size in tensor.shape)),
+            dtype=torch.from_numpy(tensor.dtype.type(0).reshape(1)).dtype,
+        )
         for tensor in room.network_inputs
     )
-    axes = {0: torch.export.Dim(BATCH_AXIS)}
+    batch = torch.export.Dim(BATCH_AXIS)
+    # Not named: a network may have a longest input, and a named axis would have to say which.
+    axes = tuple(
+        {0: batch} | {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(tensor.shape, 1) if size < 0}
+        for tensor in room.network_inputs
+    )
     # It lists each operator of a torchvision that nobody asked for.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -62,7 +74,7 @@ def to_onnx(network: nn.Module, room: Room) -> bytes:
             opset_version=OPSET,
             input_names=[tensor.name for tensor in room.network_inputs],
             output_names=[tensor.name for tensor in room.network_outputs],
-            dynamic_shapes=tuple(axes for _ in examples),
+            dynamic_shapes=axes,
             external_data=False,
             optimize=True,
             verbose=False,

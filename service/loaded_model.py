@@ -27,8 +27,9 @@ class LoadedModel:
 
         Raises:
             NetworkMismatch: the files are not the room's network.
+            RepositoryError: the room needs a file that is not there, or is not what it can use.
         """
-        self.room = room
+        self.room = room = files.furnish(room)
         self.version = str(files.version)
         self.network = Network(room, files.network)
         sample = room.to_tensor(room.example)

@@ -12,12 +12,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from service.errors import NotFound
+from service.models.spec import Room
 
 CARD: Final = "card.json"
 
@@ -56,6 +57,8 @@ class ModelFiles:
         variant: Which of the card's files this is: `fp32`.
         path: Where the network was read from, for messages; load `network`, not this.
         network: The ONNX file's bytes, those that were hashed.
+        assets: The other files that the card names, by name: what the room needs beside the
+            network. Their bytes, those that were hashed.
     """
 
     model: str
@@ -65,6 +68,25 @@ class ModelFiles:
     variant: str
     path: Path
     network: bytes
+    assets: dict[str, bytes] = field(default_factory=dict)
+
+    def furnish(self, room: Room) -> Room:
+        """The room with this version's assets in it.
+
+        Raises:
+            RepositoryError: the card does not name all that the room needs, or the room can make
+                nothing of one.
+        """
+        missing = [name for name in room.assets if name not in self.assets]
+        if missing:
+            raise RepositoryError(
+                f'{self.path.parent}: the card names no {_listed(missing)} under "assets"; '
+                "export the model anew."
+            )
+        try:
+            return room.furnish(self.assets)
+        except ValueError as error:
+            raise RepositoryError(f"{self.path.parent}: {error}; export the model anew.") from error
 
 
 @dataclass(frozen=True)
@@ -153,22 +175,16 @@ class Repository:
                 f"{folder} holds {_listed(card['files'])}, and none of {_listed(variants)}; "
                 "export one of them."
             )
-        entry = card["files"][variant]
-        path = folder / entry["path"]
-        network = _read_file(path, limit=MAX_FILE_BYTES, expected=entry["bytes"])
-        found = hashlib.sha256(network).hexdigest()
-        if found != entry["sha256"]:
-            raise RepositoryError(
-                f"{path} has the sha256 {found}, its card says {entry['sha256']}: the file was altered. "
-                "Restore it, or export the model anew."
-            )
+        path = folder / card["files"][variant]["path"]
+        network = _read_listed(path, card["files"][variant])
         # Given bytes, ONNX Runtime looks for external data in the working directory: weights nobody hashed.
         if _EXTERNAL_DATA in network:
             raise RepositoryError(
                 f"{path} keeps tensors in other files, which the card's sha256 does not cover; "
                 "save the network as one file."
             )
-        return ModelFiles(model, number, tuple(card["labels"]), card, variant, path, network)
+        assets = {name: _read_listed(folder / name, entry) for name, entry in card.get("assets", {}).items()}
+        return ModelFiles(model, number, tuple(card["labels"]), card, variant, path, network, assets)
 
     def _chosen(self, model: str, version: str | int | None) -> int:
         """The version asked for, or the highest."""
@@ -223,6 +239,22 @@ def _read_file(path: Path, *, limit: int, expected: int | None = None) -> bytes:
         raise RepositoryError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+def _read_listed(path: Path, entry: Mapping[str, Any]) -> bytes:
+    """The bytes of a file, if they are those that the card's `entry` describes.
+
+    Raises:
+        RepositoryError: they are not, or the file cannot be read.
+    """
+    content = _read_file(path, limit=MAX_FILE_BYTES, expected=entry["bytes"])
+    found = hashlib.sha256(content).hexdigest()
+    if found != entry["sha256"]:
+        raise RepositoryError(
+            f"{path} has the sha256 {found}, its card says {entry['sha256']}: the file was altered. "
+            "Restore it, or export the model anew."
+        )
+    return content
+
+
 def _read_card(path: Path, model: str, version: int) -> dict[str, Any]:
     """The card at `path`, once it is known to be the card of this model and version.
 
@@ -251,10 +283,16 @@ def _read_card(path: Path, model: str, version: int) -> dict[str, Any]:
     )
     files = card.get("files")
     require(isinstance(files, dict) and len(files) > 0, '"files" does not name a single file')
-    for variant, entry in files.items():
-        where = f'"files"."{variant}"'
-        require(isinstance(entry, dict), f"{where} is not an object with path, bytes and sha256")
-        name, size, digest = entry.get("path"), entry.get("bytes"), entry.get("sha256")
+    assets = card.get("assets", {})
+    require(isinstance(assets, dict), '"assets" is not an object of files')
+    listed = [(f'"files"."{variant}"', entry, None) for variant, entry in files.items()]
+    listed += [(f'"assets"."{name}"', entry, name) for name, entry in assets.items()]
+    for where, entry, asset in listed:
+        require(
+            isinstance(entry, dict),
+            f"{where} is not an object with {'' if asset else 'path, '}bytes and sha256",
+        )
+        name, size, digest = asset or entry.get("path"), entry.get("bytes"), entry.get("sha256")
         require(
             isinstance(name, str) and _FILE.fullmatch(name) is not None,
             f"{where} has the path {name!r}, where a plain file name is wanted: "

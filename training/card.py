@@ -62,8 +62,19 @@ def commit() -> str:
     return answer.stdout.strip()
 
 
-def write_checkpoint(folder: Path, network: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Write `checkpoint.safetensors`, then `card.json` with its checksum; each appears whole."""
+def write_checkpoint(
+    folder: Path, network: nn.Module, facts: Mapping[str, Any], assets: Mapping[str, bytes] | None = None
+) -> None:
+    """Write `checkpoint.safetensors` and the room's assets, then `card.json` with their checksums.
+
+    Each file appears whole.
+    """
+    listed = {}
+    for name, content in (assets or {}).items():
+        _write(folder / name, content)
+        listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    if listed:
+        facts = {**facts, "assets": listed}
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     packed = safetensors.torch.save(weights)
     _write(folder / WEIGHTS, packed)
@@ -103,6 +114,23 @@ def read_checkpoint(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{folder / WEIGHTS} does not fit the architecture {arch}; train again."
         ) from error
     return network.eval(), facts
+
+
+def read_assets(folder: Path, facts: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files that a run's card names beside its weights, by name: what the room needs of them.
+
+    Raises:
+        TrainingError: one is missing, or not the one that the card describes.
+    """
+    assets = {}
+    for name, entry in facts.get("assets", {}).items():
+        try:
+            assets[name] = (folder / name).read_bytes()
+        except OSError as error:
+            raise TrainingError(f"{folder} has a card but no {name}; train again.") from error
+        if hashlib.sha256(assets[name]).hexdigest() != entry["sha256"]:
+            raise TrainingError(f"{folder / name} is not the file that its card describes; train again.")
+    return assets
 
 
 def note_seeds(folders: Sequence[Path], score: str, plural: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ room, so the picture a network was scored on is the picture it is served.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -121,6 +121,9 @@ class Room:
         options: Numbers that callers may send beside the inputs, by name.
         as_picture: Inputs and their answers as one PNG, for people who ask for a picture; None
             where there is none.
+        assets: Names of the files beside the network, of the same version, that `to_tensor` needs.
+        to_tensor_with: Those files' bytes, by name, to the `to_tensor` that uses them; None
+            where the room needs none.
     """
 
     name: str
@@ -137,6 +140,16 @@ class Room:
     is_quick: Callable[[Inputs], bool] = lambda inputs: True
     options: Mapping[str, Option] = field(default_factory=dict)
     as_picture: Callable[[Sequence[Inputs], Sequence[Any]], bytes] | None = None
+    assets: tuple[str, ...] = ()
+    to_tensor_with: Callable[[Mapping[str, bytes]], Callable[[Inputs], Sample]] | None = None
+
+    def furnish(self, assets: Mapping[str, bytes]) -> "Room":
+        """This room with one version's `assets` in it; itself where it needs none.
+
+        Raises:
+            ValueError: an asset is not what the room can use.
+        """
+        return replace(self, to_tensor=self.to_tensor_with(assets)) if self.to_tensor_with else self
 
     def __str__(self) -> str:
         """The model's name, so that test ids and messages read well."""
