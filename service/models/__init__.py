@@ -2,6 +2,7 @@
 
 from service.models.digit import DIGIT
 from service.models.image import IMAGE
+from service.models.sentiment import SENTIMENT
 from service.models.spec import Room
 
-MODELS: dict[str, Room] = {room.name: room for room in (DIGIT, IMAGE)}
+MODELS: dict[str, Room] = {room.name: room for room in (DIGIT, IMAGE, SENTIMENT)}

@@ -1,0 +1,775 @@
+"""Says whether a text speaks well or ill of its subject.
+
+Rerun: python -m training sentiment
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AttentionInterface, BertConfig, BertModel
+
+from service.models.sentiment import (
+    LABELS,
+    MAX_TOKENS,
+    PADDING,
+    SENTIMENT,
+    TOKENIZER,
+    Tokens,
+    read_tokenizer,
+    shorten,
+    to_tokens,
+)
+from service.models.spec import Array
+from training import card, data, fit
+from training.calibration import Probabilities, expected_calibration_error, fit_temperature
+from training.errors import TrainingError
+from training.exam import Exam, likeliest, refuse_other_data
+
+# ---------------------------------------------------------------- data
+
+SST2: Final = "SST-2"
+IMDB: Final = "aclImdb"
+MINILM: Final = "all-MiniLM-L6-v2"
+WEIGHTS: Final = "model.safetensors"
+
+SST2_SHA256: Final = {
+    "train": "9cab80ca4e1c339c7f46361d13c3f0b2785098d7e787ff0dcfd78b063a13c3d2",
+    "dev": "fdb21a491401989324087047283a5b5277124937d43f7bb90df4bd7c18b8cc96",
+}
+"""Of each row as `sentence<TAB>label<LF>`, without the blanks that GLUE has at the end of a sentence."""
+
+IMDB_SHA256: Final = "f81c63b190a669c25c75938fcc45d3e092267cfa00a72876a60225095cf8c213"
+"""Of `neg/<name>`, a zero byte, the text and another, by name; then the same of `pos`."""
+
+MINILM_SHA256: Final = {
+    WEIGHTS: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    TOKENIZER: "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts and what they say.
+
+    Attributes:
+        texts: As they were published.
+        labels: 0 negative, 1 positive, int64 [n].
+    """
+
+    texts: Sequence[str]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.texts)
+
+    def __getitem__(self, rows: npt.NDArray[np.int64]) -> "Texts":
+        """Those at int64 `rows` [n]."""
+        return Texts([self.texts[row] for row in rows], self.labels[rows])
+
+    def __add__(self, other: "Texts") -> "Texts":
+        """These, then the others."""
+        return Texts([*self.texts, *other.texts], np.concatenate([self.labels, other.labels]))
+
+    @property
+    def sha256(self) -> str:
+        """Of each label and text, in order."""
+        rows = zip(self.labels.tolist(), self.texts, strict=True)
+        return data.sha256_of("".join(f"{label}{text}\0" for label, text in rows).encode())
+
+
+def load_sst2(folder: Path | None, split: str, *, verify: bool = True) -> Texts:
+    """The Stanford Sentiment Treebank (Socher et al., 2013) with two labels, as GLUE has it.
+
+    Args:
+        folder: Holds `SST-2/`; None for `$QUINTET_DATA` or the cache.
+        split: `train` (67,349 phrases and sentences) or `dev` (872 sentences).
+        verify: Whether it must be GLUE's. False takes anyone's own texts in the same format.
+
+    Raises:
+        TrainingError: the file cannot be had, or is not what it should be.
+    """
+    path = data.data_folder(folder) / SST2 / f"{split}.tsv"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise TrainingError(
+            f"There is no {path}; fetch https://dl.fbaipublicfiles.com/glue/data/SST-2.zip and unpack it in "
+            f"{path.parents[1]}."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path} cannot be read; unpack SST-2.zip anew.") from error
+    rows = [line.rstrip("\r").split("\t") for line in lines[1:] if line]
+    if not rows or any(len(row) != 2 or row[1] not in ("0", "1") for row in rows):
+        raise TrainingError(f"{path} must hold a sentence, a tab and 0 or 1 on each line below the first.")
+    found = data.sha256_of("".join(f"{text.rstrip()}\t{label}\n" for text, label in rows).encode())
+    if verify and found != SST2_SHA256[split]:
+        raise TrainingError(
+            f"{path} is not the published file (its checksum differs); unpack SST-2.zip anew, or say "
+            "--own-data if these are your own texts."
+        )
+    return Texts([text.rstrip() for text, _ in rows], np.array([int(label) for _, label in rows]))
+
+
+def load_imdb(folder: Path | None, *, verify: bool = True) -> Texts:
+    """The train half of the Large Movie Review Dataset (Maas et al., 2011): 25,000 reviews.
+
+    Raises:
+        TrainingError: the files cannot be had, or are not what they should be.
+    """
+    home = data.data_folder(folder) / IMDB / "train"
+    digest = hashlib.sha256()
+    texts, labels = [], []
+    try:
+        for label, name in enumerate(("neg", "pos")):
+            for path in sorted((home / name).glob("*.txt")):
+                content = path.read_bytes()
+                digest.update(b"%s/%s\0%s\0" % (name.encode(), path.name.encode(), content))
+                texts.append(content.decode())
+                labels.append(label)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"A review in {home} cannot be read; unpack aclImdb_v1.tar.gz anew.") from error
+    if len(set(labels)) < 2:
+        raise TrainingError(
+            f"There are no reviews in {home}/pos and {home}/neg; unpack "
+            f"https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz in {home.parents[1]}."
+        )
+    if verify and digest.hexdigest() != IMDB_SHA256:
+        raise TrainingError(
+            f"The reviews in {home} are not the published ones (their checksum differs); unpack "
+            "aclImdb_v1.tar.gz anew, or say --own-data if these are your own texts."
+        )
+    return Texts(texts, np.array(labels))
+
+
+def load_minilm(folder: Path | None, name: str, *, verify: bool = True) -> bytes:
+    """A file of MiniLM (Wang et al., 2020), six layers deep, as sentence-transformers trained it on.
+
+    Args:
+        folder: Holds `all-MiniLM-L6-v2/`; None for `$QUINTET_DATA` or the cache.
+        name: `model.safetensors` or `tokenizer.json`.
+        verify: Whether it must be the published file.
+
+    Raises:
+        TrainingError: it cannot be had, or is not what it should be.
+    """
+    path = data.data_folder(folder) / MINILM / name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TrainingError(f"There is no {path}.") from error
+    if verify and data.sha256_of(content) != MINILM_SHA256[name]:
+        raise TrainingError(f"{path} is not the published file (its checksum differs).")
+    return content
+
+
+def whole_sentences(texts: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which texts are no part of a longer one, bool [n].
+
+    The treebank's training half has each sentence and the phrases of its parse tree, and
+    does not say which is which.
+    """
+    words = [text.split() for text in texts]
+    is_whole = np.zeros(len(texts), np.bool_)
+    parts: set[str] = set()
+    for row in sorted(range(len(texts)), key=lambda row: -len(words[row])):
+        phrase = " ".join(words[row])
+        if phrase not in parts:
+            is_whole[row] = True
+            parts |= _phrases(words[row])
+    return is_whole
+
+
+def _phrases(words: Sequence[str], shortest: int = 1) -> set[str]:
+    """Every run of `shortest` or more words, the whole included."""
+    count = len(words)
+    return {
+        " ".join(words[start:stop]) for start in range(count) for stop in range(start + shortest, count + 1)
+    }
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All texts of a run, by what they are for.
+
+    Attributes:
+        sentences: Of the treebank, to learn from.
+        phrases: Parts of such sentences, to learn from.
+        reviews: To learn from.
+        calibration: Sentences held out for the temperature and the learning curve.
+        long_calibration: Reviews held out for the same.
+        questions: Sentences that the score is about.
+        long_questions: Reviews that the score is about, of `LONG_WORDS` words or more.
+    """
+
+    sentences: Texts
+    phrases: Texts
+    reviews: Texts
+    calibration: Texts
+    long_calibration: Texts
+    questions: Texts
+    long_questions: Texts
+
+
+def load_corpus(folder: Path | None, *, verify: bool = True, holdout: int = 0) -> Corpus:
+    """Read and split the data.
+
+    What is held out depends on the texts alone, not on a run's seed, so runs can be
+    compared. No phrase of `PHRASE_WORDS` or more words of a held-out sentence is learnt
+    from, nor another copy of a held-out review.
+
+    Args:
+        folder: Holds the data sets' folders; None for `$QUINTET_DATA` or the cache.
+        verify: Whether the data must be the published ones.
+        holdout: Ask so many sentences of the train half instead of the dev set.
+
+    Raises:
+        TrainingError: the data cannot be had, or are too few.
+    """
+    treebank = load_sst2(folder, "train", verify=verify)
+    films = load_imdb(folder, verify=verify)
+    is_whole = whole_sentences(treebank.texts)
+    whole, parts = np.flatnonzero(is_whole), np.flatnonzero(~is_whole)
+    order = np.random.default_rng(HELD_OUT_SEED).permutation(whole)
+    held_out = order[: holdout + min(CALIBRATION_TEXTS, len(order) // 8)]
+    hidden = set(treebank[held_out].texts).union(
+        *(_phrases(text.split(), PHRASE_WORDS) for text in treebank[held_out].texts)
+    )
+    is_open = np.array([text not in hidden for text in treebank.texts])
+    order = np.random.default_rng(HELD_OUT_SEED).permutation(len(films))
+    is_long = np.array([len(text.split()) >= LONG_WORDS for text in films.texts])
+    asked = order[is_long[order]][: min(LONG_QUESTIONS, len(films) // 8)]
+    others = order[~np.isin(order, asked)]
+    calibrating, others = np.split(others, [min(CALIBRATION_TEXTS, len(films) // 8)])
+    copies = set(films[np.concatenate([asked, calibrating])].texts)
+    learnt = np.array([row for row in others if films.texts[row] not in copies], np.int64)
+    corpus = Corpus(
+        sentences=treebank[whole[is_open[whole]]],
+        phrases=treebank[parts[is_open[parts]]],
+        reviews=films[learnt],
+        calibration=treebank[held_out[holdout:]],
+        long_calibration=films[calibrating],
+        questions=treebank[held_out[:holdout]] if holdout else load_sst2(folder, "dev", verify=verify),
+        long_questions=films[asked],
+    )
+    if not all(map(len, vars(corpus).values())):
+        raise TrainingError(
+            f"{len(treebank)} phrases and {len(films)} reviews are too few to hold some out and learn from "
+            f"the rest{f'; lower --holdout {holdout}' if holdout else ''}."
+        )
+    return corpus
+
+
+def cut_up(tokenizer: Tokenizer, texts: Texts) -> list[Tokens]:
+    """Texts in word pieces, as the room makes them: int64 [up to `MAX_TOKENS`] each."""
+    return [to_tokens(tokenizer, text) for text in texts.texts]
+
+
+def padded(tokens: Sequence[Tokens]) -> Tensor:
+    """Texts side by side, the shorter ones filled up: int64 [n, longest]."""
+    table = np.full((len(tokens), max(map(len, tokens))), PADDING, np.int64)
+    for row, text in zip(table, tokens, strict=True):
+        row[: len(text)] = text
+    return torch.from_numpy(table)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def plan(
+    lengths: npt.NDArray[np.int64], kinds: Sequence[int], recipe: "Recipe", settings: fit.Settings
+) -> list[list[Tensor]]:
+    """The batches of a whole run: for each epoch int64 indices into all that is learnt from.
+
+    An epoch has every sentence, some of the phrases and some of the reviews. Texts of about
+    one length are batched together, so that next to nothing is computed for padding; a batch
+    ends at `settings.batch_size` texts or `recipe.batch_tokens` tokens, whatever comes first.
+
+    Args:
+        lengths: In tokens, of sentences, phrases and reviews in this order, int64 [n].
+        kinds: How many there are of each.
+        recipe: Says how many, and how long.
+        settings: Epochs, batch size and seed.
+    """
+    random = np.random.default_rng(settings.seed)
+    sentences, phrases, reviews = np.split(np.arange(len(lengths)), np.cumsum(kinds)[:-1])
+    some_phrases = _portions(phrases, recipe.phrase_share, settings.epochs, random)
+    some_reviews = _portions(reviews, recipe.review_share, settings.epochs, random)
+    plans = []
+    for epoch in range(settings.epochs):
+        rows = np.concatenate([sentences, some_phrases[epoch], some_reviews[epoch]])
+        limit = recipe.limit((epoch + 1) / settings.epochs)
+        batches = _by_length(
+            rows, np.minimum(lengths[rows], limit), settings.batch_size, recipe.batch_tokens, random
+        )
+        plans.append([batches[number] for number in random.permutation(len(batches))])
+    # As many in every epoch: a batch more or less of hundreds is no loss.
+    fewest = min(map(len, plans))
+    return [batches[:fewest] for batches in plans]
+
+
+def _portions(
+    rows: npt.NDArray[np.int64], share: float, epochs: int, random: np.random.Generator
+) -> list[npt.NDArray[np.int64]]:
+    """A share of the rows for each epoch; no row comes up again before all others have."""
+    size = max(1, round(len(rows) * share))
+    rounds = -(-size * epochs // len(rows))
+    order = np.concatenate([random.permutation(rows) for _ in range(rounds)])
+    return np.split(order[: size * epochs], epochs)
+
+
+def _by_length(
+    rows: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    most_texts: int,
+    most_tokens: int,
+    random: np.random.Generator,
+) -> list[Tensor]:
+    """Rows with their like in length, in a random order among equals."""
+    order = np.lexsort((random.random(len(rows)), lengths))
+    batches, start = [], 0
+    for stop in range(1, len(order) + 1):
+        is_last = stop == len(order)
+        if is_last or stop - start == most_texts or (stop + 1 - start) * lengths[order[stop]] > most_tokens:
+            batches.append(torch.from_numpy(rows[order[start:stop]]))
+            start = stop
+    return batches
+
+
+# ---------------------------------------------------------------- networks
+
+
+def quick_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' "eager" attention does, with the mask added inside the product.
+
+    On a CPU in bfloat16 a step on long texts takes a third less time than with "eager", and
+    less than with "sdpa", whose backward pass is slow there.
+
+    Args:
+        module: Not needed.
+        query: [n, heads, length, width], as are key and value.
+        key: See query.
+        value: See query.
+        attention_mask: Added to the scores, [n, 1, 1, length].
+        scaling: What the scores are multiplied by.
+
+    Returns:
+        Float [n, length, heads, width], and no weights.
+    """
+    count, heads, length, width = query.shape
+    rows = (count * heads, length, width)
+    mask = attention_mask.expand(count, heads, 1, length).reshape(count * heads, 1, length)
+    scores = torch.baddbmm(mask, (query * scaling).reshape(rows), key.reshape(rows).transpose(1, 2))
+    read = torch.bmm(scores.softmax(2), value.reshape(rows)).view(query.shape)
+    return read.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("quick", quick_attention)
+
+MINILM_CONFIG: Final = BertConfig(
+    vocab_size=30_522,
+    hidden_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=12,
+    intermediate_size=1536,
+    max_position_embeddings=MAX_TOKENS,
+    # Dropping attention weights would cost as many random numbers as all other dropout together.
+    attention_probs_dropout_prob=0.0,
+)
+
+
+def is_word(tokens: Tensor) -> Tensor:
+    """Which tokens are no padding: bool, like `tokens`."""
+    return tokens != PADDING
+
+
+def mean_over_words(values: Tensor, tokens: Tensor) -> Tensor:
+    """The mean over a text's own tokens: [n, length, width] to [n, width]."""
+    weights = is_word(tokens).unsqueeze(2).to(values.dtype)
+    return (values * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+class Transformer(nn.Module):
+    """BERT (Devlin et al., 2018) without its pooler; the mean over the text goes through one hidden layer."""
+
+    def __init__(self, config: BertConfig = MINILM_CONFIG) -> None:
+        super().__init__()
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.bert.set_attn_implementation("quick")
+        self.classify = nn.Sequential(
+            nn.Dropout(0.1),
+            nn.Linear(config.hidden_size, config.hidden_size),
+            nn.Tanh(),
+            nn.Dropout(0.1),
+            nn.Linear(config.hidden_size, len(LABELS)),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [n, length] to logits [n, 2]."""
+        bias = (~is_word(tokens))[:, None, None, :].float() * -1e4
+        if torch.is_autocast_enabled(tokens.device.type):
+            # Added in fp32, it would carry scores and softmax into fp32 with it: thrice the time.
+            bias = bias.to(torch.get_autocast_dtype(tokens.device.type))
+        read = self.bert(input_ids=tokens, attention_mask=bias).last_hidden_state
+        logits: Tensor = self.classify(mean_over_words(read, tokens))
+        return logits
+
+    def start_from(self, weights: bytes) -> None:
+        """Take over pretrained weights, from the bytes of a safetensors file.
+
+        Raises:
+            TrainingError: they are not this network's.
+        """
+        try:
+            found = safetensors.torch.load(weights)
+            self.bert.load_state_dict(
+                {
+                    name: value
+                    for name, value in found.items()
+                    if not name.startswith("pooler.") and name != "embeddings.position_ids"
+                }
+            )
+        except (safetensors.SafetensorError, RuntimeError) as error:
+            raise TrainingError(f"{WEIGHTS} of {MINILM} is damaged or another network's.") from error
+
+    def rates(self, decay: float) -> list[tuple[nn.Module, float]]:
+        """Parts and their shares of the learning rate: less for each layer further down.
+
+        The lower a layer, the more general what it knows (Howard & Ruder, *Universal Language
+        Model Fine-tuning for Text Classification*, 2018). The word vectors stay as they are, so
+        what is learnt of "dull" holds for its neighbours that no review used.
+        """
+        self.bert.embeddings.word_embeddings.requires_grad_(False)
+        layers = [self.bert.embeddings, *self.bert.encoder.layer]
+        below = [(layer, decay**depth) for depth, layer in enumerate(reversed(layers))]
+        return [(self.classify, CLASSIFY_RATE), *below]
+
+
+class Gru(nn.Module):
+    """Two gated recurrent layers side by side (Cho et al., 2014), one from each end of the text."""
+
+    def __init__(self, vocabulary: int = 30_522, width: int = 128, hidden: int = 160) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width, padding_idx=PADDING)
+        self.forwards = nn.GRU(width, hidden, batch_first=True)
+        self.backwards = nn.GRU(width, hidden, batch_first=True)
+        self.drop_words = nn.Dropout(0.3)
+        self.classify = nn.Sequential(nn.Dropout(0.4), nn.Linear(4 * hidden, len(LABELS)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [n, length] to logits [n, 2]."""
+        # Each row turned round within its own words: padding stays behind them both ways, so it
+        # never passes through a state that is looked at.
+        length = is_word(tokens).sum(1, keepdim=True)
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        turned = tokens.gather(1, torch.where(place < length, length - 1 - place, place))
+        views = []
+        for layer, order in ((self.forwards, tokens), (self.backwards, turned)):
+            states, _ = layer(self.drop_words(self.embed(order)))
+            hidden = states.masked_fill(~is_word(order).unsqueeze(2), -1.0)
+            views += [mean_over_words(states, order), hidden.amax(1)]
+        logits: Tensor = self.classify(torch.cat(views, 1))
+        return logits
+
+    def rates(self, decay: float) -> list[tuple[nn.Module, float]]:
+        """All of it learns at one rate."""
+        return [(self, 1.0)]
+
+
+ARCHITECTURES: dict[str, Callable[[], Transformer | Gru]] = {"transformer": Transformer, "gru": Gru}
+"""Each takes tokens int64 [n, length] and gives logits [n, 2]."""
+
+
+# ---------------------------------------------------------------- loss
+
+
+def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross entropy."""
+    tokens, labels = batch
+    return cross_entropy(network(tokens).float(), labels, label_smoothing=LABEL_SMOOTHING)
+
+
+# ---------------------------------------------------------------- score
+
+
+@torch.inference_mode()
+def answers(network: nn.Module, tokens: Sequence[Tokens], device: torch.device | None = None) -> Tensor:
+    """What the network says of each text: float32 [n, 2], on the CPU."""
+    network.eval()
+    lengths = np.array([len(text) for text in tokens])
+    rows = np.arange(len(tokens))
+    found = torch.empty(len(tokens), len(LABELS))
+    for part in _by_length(rows, lengths, len(rows), 16_384, np.random.default_rng(0)):
+        found[part] = network(padded([tokens[row] for row in part]).to(device)).float().cpu()
+    return found
+
+
+def head(network: nn.Module, card: Mapping[str, Any]) -> nn.Module:
+    """The trained network with the room's outputs: probabilities float32 [n, 2]."""
+    if isinstance(network, Transformer):
+        # The form that ONNX Runtime's optimiser knows.
+        network.bert.set_attn_implementation("eager")
+    return Probabilities(network, float(card.get("temperature", 1.0)))
+
+
+def scores(outputs: Sequence[Array], truth: npt.NDArray[np.int64]) -> dict[str, float]:
+    """How often sentences and reviews are told right, and how well the probabilities say so.
+
+    Args:
+        outputs: Probabilities float32 [n, 2], alone.
+        truth: A row for each text: its label, and 1 where it is a review; int64 [n, 2].
+    """
+    labels, is_review = truth[:, 0], truth[:, 1] == 1
+    is_right = likeliest(outputs) == labels
+    return {
+        "accuracy": float(np.mean(is_right[~is_review])),
+        "imdb_accuracy": float(np.mean(is_right[is_review])),
+        "expected_calibration_error": expected_calibration_error(outputs[0], labels),
+    }
+
+
+def truth_of(corpus: Corpus) -> npt.NDArray[np.int64]:
+    """What `scores` compares with, for the questions and then the long ones."""
+    labels = np.concatenate([corpus.questions.labels, corpus.long_questions.labels])
+    is_review = np.repeat([0, 1], [len(corpus.questions), len(corpus.long_questions)])
+    return np.stack([labels, is_review], axis=1)
+
+
+def trim(inputs: Sequence[Array]) -> list[Array]:
+    """A batch without the columns that are padding in every row."""
+    (tokens,) = inputs
+    longest = int((tokens != PADDING).sum(axis=1).max(initial=1))
+    return [tokens[:, :longest]]
+
+
+def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
+    """The dev sentences of SST-2 and the held-back reviews, or one's own instead.
+
+    Args:
+        folder: The data folder; None for the usual one.
+        card: The network's card; its `data` say which texts its scores are about.
+
+    Raises:
+        TrainingError: the texts cannot be had, or are not those of the card.
+    """
+    named = card["data"]
+    verify = named["name"] == DATA
+    corpus = load_corpus(folder, verify=verify)
+    questions = corpus.questions + corpus.long_questions
+    refuse_other_data(card, questions.sha256)
+    tokenizer = _tokenizer(folder, verify)
+    tokens = padded(cut_up(tokenizer, questions)).numpy()
+    return Exam(
+        f"{named['name']}, {named['split']}", (tokens,), truth_of(corpus), likeliest, scores, trim=trim
+    )
+
+
+# ---------------------------------------------------------------- settings
+
+DATA: Final = "SST-2 and IMDB"
+HELD_OUT_SEED: Final = 20_130_801
+CALIBRATION_TEXTS: Final = 800
+LONG_QUESTIONS: Final = 1_000
+LONG_WORDS: Final = 200
+PHRASE_WORDS: Final = 4
+"""Shorter phrases ("a good film") are anybody's."""
+
+LABEL_SMOOTHING: Final = 0.0
+AVERAGE_DECAY: Final = 0.998
+CLASSIFY_RATE: Final = 5.0
+"""The new layers start from nothing, so they learn faster than the pretrained ones."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an architecture is trained with, unless the command line says otherwise.
+
+    Attributes:
+        epochs: One has every sentence, and the shares below.
+        batch_size: Texts per step at most.
+        batch_tokens: Tokens per step at most, padding included.
+        learning_rate: At its highest, after `warm_up` of the run.
+        layer_decay: A layer's rate over that of the layer above it.
+        weight_decay: Of matrices.
+        phrase_share: Of the phrases, in an epoch.
+        review_share: Of the reviews, in an epoch.
+        short_tokens: Reviews are cut to this length at first.
+        long_from: From this part of the run on they are as long as the room lets them be.
+        precision: Where the command line leaves it open.
+        warm_up: Part of the run in which the learning rate rises.
+    """
+
+    epochs: int
+    batch_size: int
+    batch_tokens: int
+    learning_rate: float
+    layer_decay: float
+    weight_decay: float
+    phrase_share: float
+    review_share: float
+    short_tokens: int
+    long_from: float
+    precision: str
+    warm_up: float = 0.06
+
+    def limit(self, progress: float) -> int:
+        """Tokens of a text that are learnt from, at a `progress` in 0..1 of the run."""
+        return MAX_TOKENS if progress > self.long_from else self.short_tokens
+
+    def rate(self, progress: float) -> float:
+        """The learning rate's share of its highest: up in a line, and down to 0 in another."""
+        return min(progress / self.warm_up, max(0.0, (1 - progress) / (1 - self.warm_up)))
+
+
+RECIPES = {
+    "transformer": Recipe(4, 96, 8_192, 8e-5, 0.85, 0.01, 0.5, 0.25, 192, 0.5, "auto"),
+    "gru": Recipe(6, 96, 16_384, 2e-3, 1.0, 0.01, 1.0, 0.25, 256, 0.7, "fp32"),
+}
+
+
+def train(run: fit.Run) -> dict[str, Any]:
+    """Train one network, score it on texts that it did not see, and leave both in `run.out`.
+
+    Returns:
+        The card.
+
+    Raises:
+        TrainingError: data, settings or resume point are not in order.
+    """
+    recipe = RECIPES[run.arch]
+    tokenizer_file = load_minilm(run.data, TOKENIZER, verify=run.verify)
+    tokenizer = read_tokenizer(tokenizer_file)
+    corpus = load_corpus(run.data, verify=run.verify, holdout=run.holdout)
+    material = corpus.sentences + corpus.phrases + corpus.reviews
+    settings = fit.Settings(
+        epochs=run.epochs or recipe.epochs,
+        batch_size=run.batch_size or recipe.batch_size,
+        seed=run.seed,
+        device=run.device,
+        precision=recipe.precision if run.precision == "auto" else run.precision,
+    )
+    with fit.processes(run.device) as device:
+        fit.sow(run.seed)
+        network = ARCHITECTURES[run.arch]()
+        if isinstance(network, Transformer):
+            network.start_from(load_minilm(run.data, WEIGHTS, verify=run.verify))
+        network.to(device)
+        tokens, labels = cut_up(tokenizer, material), torch.from_numpy(material.labels)
+        kinds = [len(corpus.sentences), len(corpus.phrases), len(corpus.reviews)]
+        batches = plan(np.array([len(text) for text in tokens]), kinds, recipe, settings)
+        steps = settings.epochs * len(batches[0])
+        optimizer = torch.optim.AdamW(
+            _groups(network.rates(recipe.layer_decay), recipe), lr=recipe.learning_rate, fused=True
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: recipe.rate((step + 1) / (steps + 1))
+        )
+        reader = fit.Player("sentiment", network, loss, optimizer, schedule, AVERAGE_DECAY)
+
+        def batch_of(indices: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+            limit = recipe.limit(progress)
+            chosen = padded([shorten(tokens[row], limit) for row in indices])
+            return chosen.to(device), labels[indices].to(device)
+
+        curve = cut_up(tokenizer, corpus.calibration), cut_up(tokenizer, corpus.long_calibration)
+
+        def score() -> dict[str, float]:
+            autocast = torch.autocast(
+                device.type, torch.bfloat16, enabled=fit.uses_bf16(settings.precision, device)
+            )
+            with autocast:
+                said = answers(reader.averaged, curve[0], device).argmax(1).numpy()
+                long_said = answers(reader.averaged, curve[1][:CURVE_REVIEWS], device).argmax(1).numpy()
+            return {
+                "accuracy": float(np.mean(said == corpus.calibration.labels)),
+                "imdb_accuracy": float(np.mean(long_said == corpus.long_calibration.labels[:CURVE_REVIEWS])),
+            }
+
+        story = fit.fit(
+            [reader],
+            examples=len(tokens),
+            batch_of=batch_of,
+            score=score,
+            settings=settings,
+            out=run.out,
+            identity=run.identity(settings, recipe),
+            resume=run.resume,
+            batches=batches,
+        )
+        if fit.process_rank() != 0:
+            return {}
+        heat = fit_temperature(
+            answers(reader.averaged, curve[0] + curve[1], device),
+            np.concatenate([corpus.calibration.labels, corpus.long_calibration.labels]),
+        )
+        questions = corpus.questions + corpus.long_questions
+        probabilities = answers(
+            head(reader.averaged, {"temperature": heat}), cut_up(tokenizer, questions), device
+        )
+        asked = f"{run.holdout} sentences of SST-2 train" if run.holdout else "SST-2 dev"
+        facts = {
+            "model": SENTIMENT.name,
+            "arch": run.arch,
+            "task": SENTIMENT.task,
+            "labels": list(LABELS),
+            "scores": scores([probabilities.numpy()], truth_of(corpus)),
+            "temperature": heat,
+            "data": {
+                "name": DATA if run.verify else "own texts",
+                "sha256": questions.sha256,
+                "split": f"{asked} and {len(corpus.long_questions):,} reviews held back from IMDB train",
+            },
+            "training": card.training_facts(run, settings, story, reader.averaged),
+            "licence": "Apache-2.0, as MiniLM's; SST-2 (Socher et al.) and IMDB (Maas et al.) state none",
+            "intended_use": "Opinions in English: a sentence, a comment, a review.",
+            "limits": (
+                "Learnt from film reviews. Every text gets one of two answers, also one that states a "
+                "fact, is of two minds or is not in English; irony is often missed. Of more than 512 word "
+                "pieces the first 128 and the last 384 are read."
+            ),
+        }
+        card.write_checkpoint(run.out, reader.averaged, facts, {TOKENIZER: tokenizer_file})
+        predicted = probabilities.argmax(1).numpy()
+        counts = np.zeros((len(LABELS), len(LABELS)), np.int64)
+        np.add.at(counts, (questions.labels, predicted), 1)
+        card.draw_confusion(counts, LABELS, run.out / "confusion_matrix.png")
+        card.draw_curve(story.epochs, "accuracy", run.out / "learning_curve.png")
+        return facts
+
+
+CURVE_REVIEWS: Final = 300
+"""So many held-out reviews are read after every epoch, for the curve."""
+
+
+def _tokenizer(folder: Path | None, verify: bool) -> Tokenizer:
+    return read_tokenizer(load_minilm(folder, TOKENIZER, verify=verify))
+
+
+def _groups(rates: Sequence[tuple[nn.Module, float]], recipe: Recipe) -> list[dict[str, Any]]:
+    """What learns, at its rate: matrices decay; biases and normalisation, which have one axis, do not."""
+    groups = []
+    for module, rate in rates:
+        learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for is_matrix, weight_decay in ((True, recipe.weight_decay), (False, 0.0)):
+            chosen = [parameter for parameter in learning if (parameter.ndim > 1) == is_matrix]
+            groups.append({"params": chosen, "lr": recipe.learning_rate * rate, "weight_decay": weight_decay})
+    return groups
