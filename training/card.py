@@ -77,7 +77,7 @@ def write_checkpoint(
         facts = {**facts, "assets": listed}
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     packed = safetensors.torch.save(weights)
-    _write(folder / WEIGHTS, packed)
+    write(folder / WEIGHTS, packed)
     _write_card(folder, {**facts, "weights": {"path": WEIGHTS, "sha256": hashlib.sha256(packed).hexdigest()}})
 
 
@@ -196,7 +196,7 @@ def _save(figure: Any, path: Path) -> None:
     candidate.replace(path)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
     """Write a file beside its name, then swap it in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     candidate = path.with_name(path.name + ".tmp")
@@ -208,7 +208,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _write_card(folder: Path, facts: Mapping[str, Any]) -> None:
-    _write(folder / CARD, json.dumps(facts, indent=2, ensure_ascii=False).encode() + b"\n")
+    write(folder / CARD, json.dumps(facts, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def _read_card(folder: Path) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from service.models.detection import DETECTION
 from service.models.digit import DIGIT
+from service.models.generator import GENERATOR
 from service.models.image import IMAGE
 from service.models.sentiment import SENTIMENT
 from service.models.spec import Room
 
-MODELS: dict[str, Room] = {room.name: room for room in (DIGIT, IMAGE, SENTIMENT, DETECTION)}
+MODELS: dict[str, Room] = {room.name: room for room in (DIGIT, IMAGE, SENTIMENT, GENERATOR, DETECTION)}
