@@ -35,6 +35,29 @@ from training.exam import Exam, refuse_other_data
 # ---------------------------------------------------------------- data
 
 
+Half = tuple[Digits, Digits]
+"""Pictures uint8 [n, 28, 28] and their labels uint8 [n]."""
+
+
+def load_halves(folder: Path | None, holdout: int, *, verify: bool = True) -> tuple[Half, Half]:
+    """What the generator learns from, and what it never sees and is scored beside.
+
+    Args:
+        folder: The data folder; None for the usual one.
+        holdout: Score beside the last so many of MNIST's training half; 0 for its test half.
+        verify: Whether it must be MNIST.
+
+    Raises:
+        TrainingError: the digits cannot be had, or the holdout leaves nothing to learn from.
+    """
+    images, labels = load_mnist(folder, "train", verify=verify)
+    if not holdout:
+        return (images, labels), load_mnist(folder, "test", verify=verify)
+    if holdout >= len(images):
+        raise TrainingError(f"--holdout {holdout} leaves nothing of {len(images)} digits to learn from.")
+    return (images[:-holdout], labels[:-holdout]), (images[-holdout:], labels[-holdout:])
+
+
 class Batch(NamedTuple):
     """What one step of both players is about.
 
@@ -374,9 +397,9 @@ def head(network: nn.Module, card: Mapping[str, Any]) -> nn.Module:
 
 
 def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
-    """One picture for each digit of MNIST's test half, or of whatever the network was scored on.
+    """One picture for each of MNIST's digits that the card's scores are about: of the same digit, from seed i.
 
-    Picture i is of the i-th test digit, from seed i. What a picture decides is the digit that
+    What a picture decides is the digit that
     the reader sees in it; its pixels may differ by the one level by which rounding can fall the
     other way, and not at all in company.
 
@@ -388,9 +411,8 @@ def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
         TrainingError: the digits or the reader cannot be had, or are not those of the card.
     """
     named = card["data"]
-    images, labels = load_mnist(folder, "test", verify=named["name"] == "MNIST")
+    (learned, _), (images, labels) = load_halves(folder, named["holdout"], verify=named["name"] == "MNIST")
     refuse_other_data(card, data.sha256_of(images.tobytes()))
-    learned, _ = load_mnist(folder, "train", verify=named["name"] == "MNIST")
     judge = Judge(Reader(card["reader"]["version"]), images, labels, learned)
     return Exam(
         name=f"one picture for each digit of {named['name']} {named['split']}",
@@ -417,7 +439,7 @@ LARGEST_CROWD = 1_000
 NEAREST_ASKED = 1_000
 """Pictures whose nearest neighbours are looked for."""
 NEAREST_PICTURE = "nearest_neighbours.png"
-DRAWS = 5
+DRAWS = 3
 """How often the distances are taken, to say how far chance moves them."""
 
 
@@ -440,7 +462,7 @@ class Recipe:
     reading_weight: float
 
 
-RECIPES = {"gan": Recipe(12, 64, 5e-4, 5e-4, 0.2)}
+RECIPES = {"gan": Recipe(6, 64, 5e-4, 5e-4, 0.2)}
 
 
 def train(run: fit.Run) -> dict[str, Any]:
@@ -453,16 +475,7 @@ def train(run: fit.Run) -> dict[str, Any]:
         TrainingError: data, settings, the digit reader or the resume point are not in order.
     """
     recipe = RECIPES[run.arch]
-    images, labels = load_mnist(run.data, "train", verify=run.verify)
-    if run.holdout:
-        if run.holdout >= len(images):
-            raise TrainingError(
-                f"--holdout {run.holdout} leaves nothing of {len(images)} digits to learn from."
-            )
-        test_images, test_labels = images[-run.holdout :], labels[-run.holdout :]
-        images, labels = images[: -run.holdout], labels[: -run.holdout]
-    else:
-        test_images, test_labels = load_mnist(run.data, "test", verify=run.verify)
+    (images, labels), (test_images, test_labels) = load_halves(run.data, run.holdout, verify=run.verify)
     settings = fit.Settings(
         epochs=run.epochs or recipe.epochs,
         batch_size=min(run.batch_size or recipe.batch_size, len(images)),
@@ -524,6 +537,7 @@ def train(run: fit.Run) -> dict[str, Any]:
                 "name": "MNIST" if run.verify else "own digits",
                 "sha256": data.sha256_of(test_images.tobytes()),
                 "split": f"last {run.holdout} of train" if run.holdout else "test",
+                "holdout": run.holdout,
             },
             "training": card.training_facts(run, settings, story, artist.averaged),
             "reader": {"model": "digit", "version": judge.reader.version},
