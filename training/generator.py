@@ -397,11 +397,10 @@ def head(network: nn.Module, card: Mapping[str, Any]) -> nn.Module:
 
 
 def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
-    """One picture for each of MNIST's digits that the card's scores are about: of the same digit, from seed i.
+    """One picture for each real digit that the card's scores are about: of the same digit, from seed i.
 
-    What a picture decides is the digit that
-    the reader sees in it; its pixels may differ by the one level by which rounding can fall the
-    other way, and not at all in company.
+    What a picture decides is the digit that the reader sees in it; its pixels may differ by the
+    one level by which rounding can fall the other way, and not at all in company.
 
     Args:
         folder: The data folder; None for the usual one.
