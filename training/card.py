@@ -71,7 +71,7 @@ def write_checkpoint(
     """
     listed = {}
     for name, content in (assets or {}).items():
-        _write(folder / name, content)
+        write(folder / name, content)
         listed[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     if listed:
         facts = {**facts, "assets": listed}
