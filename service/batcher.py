@@ -38,6 +38,11 @@ LONGEST_RETRY_AFTER_SECONDS: Final = 60
 log = structlog.get_logger("quintet")
 
 
+NONE_WAITING: Final[list[int]] = []
+NO_LENGTHS: Final[list[int]] = []
+"""Shared by all jobs whose samples have no lengths; nobody adds to them."""
+
+
 class Priority(IntEnum):
     """Who goes first; of equals, who came first."""
 
@@ -68,8 +73,8 @@ class Job:
         self.future = future
         self.entered = time.perf_counter()
         self.next = 0
-        self.waiting: list[int] = []
-        self.lengths: list[int] = []
+        self.waiting = NONE_WAITING
+        self.lengths = NO_LENGTHS
         self.rows: list[Row] = [()] * len(samples)
         self.left = len(samples)
         self.batch_size = 0
@@ -189,7 +194,7 @@ class Batcher:
             job.lengths = list(map(self._length_of, samples))
             job.waiting = list(range(len(samples)))
         timer = None if deadline is None else loop.call_at(deadline, self._expire, job)
-        if not self._running and not any(self._lines):
+        if not (self._turn_is_booked or self._is_asking or self._running):
             self._busy_since = job.entered
         self._lines[priority].append(job)
         self._book_turn()
@@ -210,7 +215,7 @@ class Batcher:
         """Give back the places of samples that have not started."""
         self.release(len(job.samples) - job.next)
         job.next = len(job.samples)
-        job.waiting = []
+        job.waiting = NONE_WAITING
 
     def _book_turn(self) -> None:
         if self._is_asking:
@@ -241,7 +246,7 @@ class Batcher:
         if not batch:
             return
         self._finish(batch, *_timed(self._run, batch))
-        if any(self._lines):
+        if self._is_waited_for():
             self._book_turn()
 
     def take_turn(self) -> bool:
@@ -253,7 +258,7 @@ class Batcher:
             return False
         self._running += 1
         self._lanes.start(partial(_timed, self._run, batch), partial(self._lane_is_free, batch))
-        if any(self._lines):
+        if self._is_waited_for():
             self._is_asking = True
             self._lanes.ask(self)
         return True
@@ -264,6 +269,10 @@ class Batcher:
         # The next batch starts before this one is answered.
         self._lanes.give_back(self, done[1])
         self._finish(batch, *done)
+
+    def _is_waited_for(self) -> bool:
+        high, normal, low = self._lines
+        return bool(normal or high or low)
 
     def _take_batch(self) -> list[Slot]:
         """The next samples in line, leaving out those whose caller is gone or out of time."""
@@ -290,6 +299,9 @@ class Batcher:
 
     def _lines_in_turn(self) -> Sequence[deque[Job]]:
         """The lines by priority; but nobody waits for ever, whoever comes before them."""
+        high, normal, low = self._lines
+        if not (high or low):
+            return (normal,)
         waiting = [line for line in self._lines if line]
         if len(waiting) > 1:
             oldest = min(waiting, key=lambda line: line[0].entered)

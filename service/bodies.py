@@ -5,7 +5,7 @@ The door looks a reader up and calls it; a sixth kind of body is one more entry 
 
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from urllib.parse import parse_qsl
 
 from service.errors import BadInput, UnsupportedMediaType
@@ -21,25 +21,20 @@ MAX_PARAMETERS: Final = 32
 """No address that anyone means has more parameters than this."""
 
 
-class Body(NamedTuple):
-    """A body as it came, whole and decompressed; `parameters` are its media type's."""
-
-    content: bytes
-    parameters: dict[bytes, bytes]
-    max_inputs: int
+Parameters = dict[bytes, bytes]
 
 
-def _picture(body: Body) -> list[Inputs]:
-    return [{"image": body.content}]
+def _picture(content: bytes, parameters: Parameters, max_inputs: int) -> list[Inputs]:
+    return [{"image": content}]
 
 
-def _pictures_in_parts(body: Body) -> list[Inputs]:
-    boundary = body.parameters.get(b"boundary")
-    return [{"image": part} for part in read_multipart(body.content, boundary, b"images", body.max_inputs)]
+def _pictures_in_parts(content: bytes, parameters: Parameters, max_inputs: int) -> list[Inputs]:
+    boundary = parameters.get(b"boundary")
+    return [{"image": part} for part in read_multipart(content, boundary, b"images", max_inputs)]
 
 
-def _pictures_in_json(body: Body) -> list[Inputs]:
-    texts = _only_list(body, "images", '{"images": ["<base64>", …]}')
+def _pictures_in_json(content: bytes, parameters: Parameters, max_inputs: int) -> list[Inputs]:
+    texts = _only_list(content, max_inputs, "images", '{"images": ["<base64>", …]}')
     return [{"image": _base64(text, index, len(texts))} for index, text in enumerate(texts)]
 
 
@@ -53,38 +48,38 @@ def _base64(text: Any, index: int, count: int) -> bytes:
         raise
 
 
-def _text(body: Body) -> list[Inputs]:
-    charset = body.parameters.get(b"charset", b"utf-8").lower()
+def _text(content: bytes, parameters: Parameters, max_inputs: int) -> list[Inputs]:
+    charset = parameters.get(b"charset", b"utf-8").lower()
     if charset not in (b"utf-8", b"utf8", b"us-ascii"):
         raise UnsupportedMediaType("The text's charset is not served; send UTF-8.")
-    return [{"text": body.content}]
+    return [{"text": content}]
 
 
-def _texts_in_json(body: Body) -> list[Inputs]:
-    texts = _only_list(body, "texts", '{"texts": ["…", …]}')
+def _texts_in_json(content: bytes, parameters: Parameters, max_inputs: int) -> list[Inputs]:
+    texts = _only_list(content, max_inputs, "texts", '{"texts": ["…", …]}')
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise BadInput("A text in JSON must be a text.", index=index if len(texts) > 1 else None)
     return [{"text": text.encode()} for text in texts]
 
 
-def _digits(body: Body) -> list[Inputs]:
+def _digits(content: bytes, parameters: Parameters, max_inputs: int) -> list[Inputs]:
     """The digits asked for, or all ten, with the seed asked for, or any: one seed for all of a request."""
-    asked = read_json(body.content) if body.content else {}
+    asked = read_json(content) if content else {}
     digits = asked.get("digits", list(range(10)))
     if not set(asked) <= {"digits", "seed"} or not isinstance(digits, list):
         raise BadInput('The JSON body must be {"digits": [3, …], "seed": 7}; both may be left out.')
-    _check_count(digits, body.max_inputs)
+    _check_count(digits, max_inputs)
     seed = asked["seed"] if "seed" in asked else secrets.randbelow(LARGEST_RANDOM_SEED)
     return [{"digit": digit, "seed": seed} for digit in digits]
 
 
-def _only_list(body: Body, name: str, form: str) -> list[Any]:
+def _only_list(content: bytes, max_inputs: int, name: str, form: str) -> list[Any]:
     """The list that is a JSON body's only field."""
-    found = read_json(body.content)
+    found = read_json(content)
     if set(found) != {name} or not isinstance(found[name], list):
         raise BadInput(f"The JSON body must be {form}.")
-    _check_count(found[name], body.max_inputs)
+    _check_count(found[name], max_inputs)
     return list(found[name])
 
 
@@ -94,7 +89,8 @@ def _check_count(values: list[Any], max_inputs: int) -> None:
         raise BadInput(f"The request has {len(values)} inputs; send 1 to {max_inputs}.")
 
 
-Reader = Callable[[Body], list[Inputs]]
+Reader = Callable[[bytes, Parameters, int], list[Inputs]]
+"""Takes a whole, decompressed body, its media type's parameters, and how many inputs it may have."""
 
 READERS: Final[Mapping[str, Mapping[bytes, Reader]]] = {
     "pictures": {

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 
-from service.batcher import Priority
+from service.batcher import Job, Priority
 from service.catalogue import Catalogue
 from service.commands import Command, Commands
 from service.errors import (
@@ -53,15 +53,6 @@ class State(Enum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
-
-
-class Predicted(NamedTuple):
-    """Answers, one for each input, in order, and how they came about (as `Job` says it)."""
-
-    answers: list[Answer]
-    batch_size: int
-    queue_seconds: float
-    compute_seconds: float
 
 
 class DataPlane:
@@ -218,8 +209,8 @@ class DataPlane:
         inputs: Sequence[Inputs],
         deadline: float | None,
         priority: Priority = Priority.NORMAL,
-    ) -> Predicted:
-        """Answer inputs: one answer each, in order, whatever they were batched with.
+    ) -> tuple[list[Answer], Job]:
+        """Answer inputs: one answer each, in order, whatever they were batched with; and how it went.
 
         Args:
             loaded: What `find` gave.
@@ -253,7 +244,7 @@ class DataPlane:
         started = time.perf_counter()
         answers = list(map(room.to_answer, job.rows, samples))
         loaded.meters.postprocess_seconds.observe(time.perf_counter() - started)
-        return Predicted(answers, job.batch_size, job.queue_seconds, job.compute_seconds)
+        return answers, job
 
     async def picture(self, room: Room, inputs: Sequence[Inputs], answers: Sequence[Answer]) -> bytes:
         """Answers as one PNG, of a room that gives pictures."""

@@ -266,7 +266,7 @@ class GrpcDoor:
             deadline = asyncio.get_running_loop().time() + min(left) if left else None
             limit = self._plane.settings.max_inputs
             inputs = await off_the_loop(request.ByteSize(), _inputs, loaded.room, request, parameters, limit)
-            answers = (await self._plane.predict(loaded, inputs, deadline, priority)).answers
+            answers, _ = await self._plane.predict(loaded, inputs, deadline, priority)
             response = pb.ModelInferResponse(
                 model_name=loaded.room.name, model_version=loaded.version, id=request.id
             )

@@ -17,9 +17,9 @@ import orjson
 import structlog
 
 from service import open_inference
-from service.batcher import Priority
-from service.bodies import Body, prefers_picture, read_query, reader_of
-from service.data_plane import DataPlane, Predicted, off_the_loop
+from service.batcher import Job, Priority
+from service.bodies import prefers_picture, read_query, reader_of
+from service.data_plane import LONG_WORK, DataPlane, off_the_loop
 from service.errors import (
     BadInput,
     InternalError,
@@ -46,7 +46,7 @@ from service.http import (
 from service.loaded_model import LoadedModel
 from service.metrics import CONTENT_TYPE_LATEST, Board
 from service.models import MODELS
-from service.models.spec import Inputs, Room
+from service.models.spec import Answer, Inputs, Room
 from service.pages import read_page
 from service.version import VERSION
 
@@ -164,13 +164,15 @@ class RestDoor:
         read = reader_of(room, kind)
         options = read_query(room, request.query) if request.query or room.options else None
         content = await request.body(self._plane)
-        body = Body(content, parameters, self._plane.settings.max_inputs)
-        inputs = await off_the_loop(len(content), read, body)
+        limit = self._plane.settings.max_inputs
+        if len(content) <= LONG_WORK:
+            inputs = read(content, parameters, limit)
+        else:
+            inputs = await asyncio.to_thread(read, content, parameters, limit)
         if options:
             inputs = [{**one, **options} for one in inputs]
         priority = _priority(request)
-        predicted = await self._predict(request, loaded, inputs, deadline, priority)
-        answers = predicted.answers
+        answers, job = await self._predict(request, loaded, inputs, deadline, priority)
         if room.as_picture is not None and prefers_picture(request.headers.get(b"accept", b"")):
             return Response(200, b"image/png", await self._plane.picture(room, inputs, answers))
         return json_response(
@@ -180,11 +182,11 @@ class RestDoor:
                 "predictions": [answer.as_json() for answer in answers],
             },
             (
-                (b"quintet-batch-size", b"%d" % predicted.batch_size),
+                (b"quintet-batch-size", b"%d" % job.batch_size),
                 (
                     b"server-timing",
                     b"queue;dur=%.3f, compute;dur=%.3f"
-                    % (predicted.queue_seconds * 1000, predicted.compute_seconds * 1000),
+                    % (job.queue_seconds * 1000, job.compute_seconds * 1000),
                 ),
             ),
         )
@@ -196,7 +198,7 @@ class RestDoor:
         inputs: Sequence[Inputs],
         deadline: float | None,
         priority: Priority,
-    ) -> Predicted:
+    ) -> tuple[list[Answer], Job]:
         work = self._plane.predict(loaded, inputs, deadline, priority)
         # A batch on the event loop is over before a hang-up could be seen.
         return await (work if loaded.batcher.is_inline else request.unless_gone(work))
@@ -285,7 +287,7 @@ class RestDoor:
             deadline = soonest if deadline is None else min(deadline, soonest)
         all_binary = parameters.get("binary_data_output") is True
         wanted = open_inference.wanted_outputs(loaded.room, _asked_outputs(head), is_binary=all_binary)
-        answers = (await self._predict(request, loaded, inputs, deadline, priority)).answers
+        answers, _ = await self._predict(request, loaded, inputs, deadline, priority)
         outputs, chunks = [], []
         for one, output in open_inference.to_outputs(loaded.room, answers, wanted):
             described: dict[str, Any] = {

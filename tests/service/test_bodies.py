@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.bodies import READERS, Body, prefers_picture, read_query, reader_of
+from service.bodies import READERS, prefers_picture, read_query, reader_of
 from service.errors import BadInput, UnsupportedMediaType
 from service.models.digit import DIGIT
 from service.models.spec import Option, Room
@@ -23,7 +23,7 @@ JSON = b"application/json"
 def read(room: Room, kind: bytes, content: Any, **parameters: bytes) -> list[dict[str, Any]]:
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     named = {name.encode(): value for name, value in parameters.items()}
-    return [dict(one) for one in reader_of(room, kind)(Body(body, named, max_inputs=10))]
+    return [dict(one) for one in reader_of(room, kind)(body, named, 10)]
 
 
 def parts(*contents: bytes) -> bytes:
@@ -69,7 +69,7 @@ def test_digits_share_one_seed() -> None:
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"seed": 7}'], ids=["no body", "no field", "a seed"])
 def test_without_digits_come_all_ten(content: bytes) -> None:
     kind = JSON if content else b""
-    asked = reader_of(DIGITS, kind)(Body(content, {}, max_inputs=10))
+    asked = reader_of(DIGITS, kind)(content, {}, 10)
     assert [one["digit"] for one in asked] == list(range(10))
     assert len({one["seed"] for one in asked}) == 1
 
