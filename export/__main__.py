@@ -36,6 +36,17 @@ def _version(text: str) -> int:
     return int(text)
 
 
+def _temperature(text: str) -> float:
+    """What logits are divided by."""
+    try:
+        temperature = float(text)
+    except ValueError:
+        temperature = 0.0
+    if not 0.01 <= temperature <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no temperature; a number from 0.01 to 100 is")
+    return temperature
+
+
 def parser() -> argparse.ArgumentParser:
     """All that can be said on the command line."""
     options = _Parser(prog="python -m export", description=__doc__)
@@ -47,9 +58,20 @@ def parser() -> argparse.ArgumentParser:
         help="a training run's folder; default: runs/<model>-<its first architecture>-seed0",
     )
     options.add_argument(
+        "--from-version",
+        type=_version,
+        metavar="N",
+        help="start from the fp32 file of a version in the repository rather than from a checkpoint",
+    )
+    options.add_argument(
+        "--temperature",
+        type=_temperature,
+        metavar="T",
+        help="with --from-version: divide the classifier's logits by this",
+    )
+    options.add_argument(
         "--variants",
         type=_variants,
-        default=list(VARIANTS),
         metavar="LIST",
         help=f"precisions, separated by commas; default: {','.join(VARIANTS)}",
     )
@@ -74,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         export(
             MODELS[chosen.model],
             checkpoint=chosen.checkpoint,
+            from_version=chosen.from_version,
+            temperature=chosen.temperature,
             variants=chosen.variants,
             repository=chosen.to,
             data=chosen.data,

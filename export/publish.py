@@ -11,7 +11,7 @@ from typing import Any, Final
 from export.errors import ExportRefused
 from service.repository import CARD, Repository
 
-VARIANTS: Final = {"fp32": "model.onnx"}
+VARIANTS: Final = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 """What there is to export: precision to the name of its file."""
 
 

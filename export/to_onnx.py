@@ -88,6 +88,12 @@ def to_onnx(network: nn.Module, room: Room) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
+def opset_of(network: bytes) -> int:
+    """The version of ONNX's own operator set that a file uses."""
+    opsets = onnx.load_model_from_string(network).opset_import
+    return next(int(opset.version) for opset in opsets if opset.domain == "")
+
+
 def _forget_origins(model: onnx.ModelProto) -> None:
     """Take out what the exporter says of source files, stacks and modules, at every depth."""
     for message in (model, *model.functions, *_parts(model.graph)):

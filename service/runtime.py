@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -20,6 +21,20 @@ ONNX_TYPES: Final = {
 
 WARM_UP_SIZES: Final = (1, 2, 8)
 WARM_UP_RUNS: Final = 5
+
+
+EIGHT_BIT_INSTRUCTIONS: Final = ("amx_int8", "asimddp", "avx512_vnni", "avx_vnni")
+"""What processors call the instructions that multiply bytes and add up four products at a time."""
+
+
+def eight_bit_instructions() -> list[str]:
+    """Which of `EIGHT_BIT_INSTRUCTIONS` this processor has; none where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return sorted(set(EIGHT_BIT_INSTRUCTIONS).intersection(flags.split()))
 
 
 class NetworkMismatch(Exception):

@@ -373,8 +373,26 @@ def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
     return Exam(f"{named['name']} {named['split']}", (images,), labels, likeliest, classification_scores)
 
 
+def calibration(folder: Path | None, card: Mapping[str, Any]) -> tuple[Digits]:
+    """Training digits, slightly distorted as the last epochs saw them: uint8 [n, 28, 28].
+
+    Args:
+        folder: The data folder; None for the usual one.
+        card: The network's card.
+
+    Raises:
+        TrainingError: the digits cannot be had.
+    """
+    images, _ = load_mnist(folder, "train", verify=card["data"]["name"] == "MNIST")
+    fit.sow(0)
+    chosen = torch.randperm(len(images))[:QUANTISATION_DIGITS].numpy()
+    distorted = distort(torch.tensor(images[chosen]).float(), Distortion().scaled(CALMEST))
+    return (distorted.round().clamp(0, 255).to(torch.uint8).numpy(),)
+
+
 # ---------------------------------------------------------------- settings
 
+QUANTISATION_DIGITS = 1024
 LABEL_SMOOTHING = 0.05
 AVERAGE_DECAY = 0.999
 CALM_FROM = 0.7

@@ -38,6 +38,8 @@ class Exam:
         margin: Outputs to how far each decision is from turning, in the outputs' own unit and
             the shape of `decide`'s result. Decisions closer to that than the outputs may
             differ are not compared. None where all are.
+        apart: Found and right outputs to how far apart what they say is, float64 [m], where the
+            order of an answer's parts says nothing. None where numbers stand in fixed places.
         trim: A batch's inputs to the same without the padding that no row of them needs, for
             networks that take any length. None where inputs have one size.
         largest_difference: What two networks that are the same may differ by in any number of
@@ -52,6 +54,7 @@ class Exam:
     decide: Callable[[Sequence[Array]], Array] | None
     score: Callable[[Sequence[Array], Any], dict[str, float]]
     margin: Callable[[Sequence[Array]], Array] | None = None
+    apart: Callable[[Sequence[Array], Sequence[Array]], Array] | None = None
     trim: Callable[[Sequence[Array]], list[Array]] | None = None
     largest_difference: float | None = None
     largest_neighbour_difference: float | None = None

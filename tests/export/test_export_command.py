@@ -96,6 +96,15 @@ def test_the_card_says_what_the_contract_asks_for(exported: Path, checkpoint: Pa
     assert card["export"]["onnxruntime"] == onnxruntime.__version__
     assert card["export"]["examples"] == 300
     assert 0 < card["export"]["mean_difference"] <= card["export"]["largest_difference"] < 1e-5
+    assert card["export"]["made_from"] == {"network": "torch", "sha256": trained["weights"]["sha256"]}
+    for variant in ("fp32", "fp16"):
+        placement = card["export"]["gpu_placement"][variant]
+        assert placement["nodes"] == placement["on_cuda"] > 20
+    assert card["export"]["variants"]["int8"]["same_decisions"] >= 0.97
+    assert card["export"]["variants"]["fp16"]["kept_in_fp32"]["Softmax"]
+    cpu = card["export"]["cpu"]
+    assert cpu["fastest"] in {"fp32", "int8"}
+    assert set(cpu["best"]) == {"fp32", "int8"}
     for kept in ("arch", "data", "seeds", "licence", "intended_use", "limits"):
         assert card[kept] == trained[kept]
     assert "weights" not in card
@@ -117,7 +126,8 @@ def test_the_command_reports_a_table(command: subprocess.CompletedProcess[str]) 
         "fp32",
         "model.onnx",
         "accuracy",
-        "largest difference from torch",
+        "nodes on CUDA",
+        "items per second",
     ):
         assert words in command.stdout
 
