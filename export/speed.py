@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from export.graphs import quiet_session
 from service.models.spec import Array
-from service.runtime import eight_bit_instructions
+from service.providers import eight_bit_instructions
 
 BATCHES: Final = (1, 8, 32)
 ROUNDS: Final = 3

@@ -31,6 +31,7 @@ from service.grpc_api import GrpcDoor
 from service.http import Receive, Scope, Send
 from service.metrics import Board
 from service.models import MODELS
+from service.providers import Profile, ProviderRefused, profile_of
 from service.repository import Repository, RepositoryError
 from service.rest import RestDoor
 from service.settings import Settings, read_settings
@@ -208,7 +209,7 @@ def _shared_folder() -> Path:
     return folder
 
 
-def _check_versions(repository: Repository, model: str) -> None:
+def _check_versions(repository: Repository, model: str, profile: Profile) -> None:
     """See that a model has a version that can be opened, if it has any.
 
     Raises:
@@ -217,7 +218,7 @@ def _check_versions(repository: Repository, model: str) -> None:
     trouble: RepositoryError | None = None
     for version in reversed(repository.versions(model)):
         try:
-            repository.open(model, version)
+            repository.open(model, version, profile.variants)
         except RepositoryError as error:
             trouble = trouble or error
         else:
@@ -244,10 +245,11 @@ class Quintet:
         """Refuse to start, once and in a sentence, rather than in every worker over and over."""
         settings = read_settings()
         try:
+            profile = profile_of(settings)
             repository = Repository(settings.models)
             for model in set(repository.models()) & set(MODELS):
-                _check_versions(repository, model)
-        except RepositoryError as error:
+                _check_versions(repository, model, profile)
+        except (RepositoryError, ProviderRefused) as error:
             raise SystemExit(f"quintet: {error}") from None
         if settings.grpc_port:
             # Workers share the port between them, which would hide that a stranger has it already.

@@ -18,6 +18,7 @@ from service.lanes import Lanes
 from service.loaded_model import LoadedModel
 from service.metrics import Board
 from service.models import MODELS
+from service.providers import profile_of
 from service.repository import Fingerprint, ModelFiles, Repository, RepositoryError
 from service.settings import Settings
 
@@ -60,6 +61,7 @@ class Catalogue:
 
     def __init__(self, settings: Settings, board: Board, lanes: Lanes) -> None:
         self._settings = settings
+        self._profile = profile_of(settings)
         self._board = board
         self._lanes = lanes
         self._lock = threading.Lock()
@@ -174,7 +176,7 @@ class Catalogue:
     ) -> LoadedModel | None:
         started = time.perf_counter()
         try:
-            files = repository.open(model, version)
+            files = repository.open(model, version, self._profile.variants)
             loaded = self._load(files)
         # Whatever a file does to the libraries that read it, it must not end what serves.
         except Exception as error:
@@ -202,7 +204,8 @@ class Catalogue:
         return loaded
 
     def _load(self, files: ModelFiles) -> LoadedModel:
-        return LoadedModel(files, MODELS[files.model], self._settings, self._board, self._lanes)
+        room = MODELS[files.model]
+        return LoadedModel(files, room, self._settings, self._profile, self._board, self._lanes)
 
     def _replace(self, model: str, versions: dict[str, LoadedModel]) -> None:
         """Have these versions serve, instead of those that did."""

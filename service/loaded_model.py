@@ -10,6 +10,7 @@ from service.batcher import Batcher
 from service.lanes import Lanes
 from service.metrics import Board, Tally
 from service.models.spec import Room, Sample
+from service.providers import Profile
 from service.repository import ModelFiles
 from service.runtime import Network, NetworkMismatch
 from service.settings import Settings
@@ -22,24 +23,33 @@ class LoadedModel:
     took its place, and when the last of them has, it is gone at once, network and all.
     """
 
-    def __init__(self, files: ModelFiles, room: Room, settings: Settings, board: Board, lanes: Lanes) -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        room: Room,
+        settings: Settings,
+        profile: Profile,
+        board: Board,
+        lanes: Lanes,
+    ) -> None:
         """Open, check and warm the network.
 
         Raises:
             NetworkMismatch: the files are not the room's network.
+            ProviderRefused: it does not run where the operator wants it to.
             RepositoryError: the room needs a file that is not there, or is not what it can use.
         """
         self.room = room = files.furnish(room)
         self.version = str(files.version)
-        self.network = Network(room, files.network)
+        self.policy = policy = settings.policy(room.name)
+        self.network = Network(room, files.network, profile, files.variant, files.card)
         sample = room.to_tensor(room.example)
-        self.network.warm_up(sample)
+        self.network.warm_up(sample, policy.max_batch)
         rows = self.network.run([sample])[0]
         if not all(np.isfinite(row).all() for row in rows if np.asarray(row).dtype.kind == "f"):
             raise NetworkMismatch(f"{room}: the network answers the example with values that are no numbers")
         room.to_answer(rows, sample)
         self.meters = Meters(board, room.name, self.version)
-        self.policy = policy = settings.policy(room.name)
         seconds = self.network.seconds_per_input
         # A batch on the event loop must stay short, or everybody else waits for it; one in a
         # lane must end some day, or the other models wait for it.

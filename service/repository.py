@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -153,14 +153,18 @@ class Repository:
         return tuple(sorted((name, status.st_size, status.st_mtime_ns) for name, status in seen))
 
     def open(
-        self, model: str, version: str | int | None = None, variants: Sequence[str] = ("fp32",)
+        self,
+        model: str,
+        version: str | int | None = None,
+        variants: Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]] = ("fp32", "int8", "fp16"),
     ) -> ModelFiles:
         """Read and verify one version: the highest, unless `version` names another.
 
         Args:
             model: The model's name, as the caller gave it.
             version: A whole number without sign or leading zeros, as the caller gave it.
-            variants: The precisions that will do, best first; the first one on the card is read.
+            variants: The precisions that will do, best first, or what says so of a card; the
+                first one on the card is read.
 
         Raises:
             NotFound: there is no such model or version.
@@ -169,11 +173,11 @@ class Repository:
         number = self._chosen(model, version)
         folder = self.folder / model / str(number)
         card = _read_card(folder / CARD, model, number)
-        variant = next((variant for variant in variants if variant in card["files"]), None)
+        wanted = variants(card) if callable(variants) else variants
+        variant = next((variant for variant in wanted if variant in card["files"]), None)
         if variant is None:
             raise RepositoryError(
-                f"{folder} holds {_listed(card['files'])}, and none of {_listed(variants)}; "
-                "export one of them."
+                f"{folder} holds {_listed(card['files'])}, and none of {_listed(wanted)}; export one of them."
             )
         path = folder / card["files"][variant]["path"]
         network = _read_listed(path, card["files"][variant])

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -59,6 +59,20 @@ class Settings(BaseSettings):
     batch_ms: float = Field(100.0, gt=0, description="no batch is so large that it should take longer")
     inline_ms: float = Field(1.0, ge=0, description="a batch expected to take longer leaves the event loop")
     lanes: int = Field(1, ge=1, le=64, description="batches that run at the same time, in each worker")
+    threads: int = Field(
+        0, ge=0, le=256, description="threads inside a run; 0: what the model's card found best"
+    )
+
+    runtime: Literal["auto", "cpu", "cuda", "tensorrt"] = Field("auto", description="what networks run on")
+    precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
+        "auto", description="of each model's files; auto: the best verified one for what it runs on"
+    )
+    gpu: int = Field(0, ge=0, description="which GPU, of several")
+    gpu_memory_mb: int = Field(0, ge=0, description="what ONNX Runtime may take of its memory; 0: all")
+    gpu_graphs: bool = Field(True, description="whether a GPU replays whole runs (CUDA graphs)")
+    engines: Path = Field(
+        Path("~/.cache/quintet/engines").expanduser(), description="where TensorRT keeps its engines"
+    )
     policies: dict[str, Policy] = Field(
         {}, description='of these, other values for single models, as JSON: {"sentiment": {"max_batch": 16}}'
     )

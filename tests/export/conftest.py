@@ -53,7 +53,7 @@ def checkpoint(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = ARCHITECTURES["cnn"]()
     images, labels = (torch.tensor(array) for array in load_mnist(digits, "train", verify=False))
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    for chosen in torch.randperm(len(images)).split(64)[:12]:
+    for chosen in torch.randperm(len(images)).split(64) * 2:
         loss = nn.functional.cross_entropy(network(images[chosen]), labels[chosen].long())
         optimizer.zero_grad()
         loss.backward()

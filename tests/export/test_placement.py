@@ -77,16 +77,14 @@ def test_what_the_provider_leaves_to_the_cpu_by_rule_is_named() -> None:
 
 
 def test_shape_arithmetic_stays_on_the_cpu_and_is_counted_apart() -> None:
-    flat = network(
-        helper.make_node("Shape", ["x"], ["shape"], name="shape", end=1),
-        helper.make_node("Mul", ["shape", "four"], ["rows"], name="rows"),
-        helper.make_node("Concat", ["rows", "eight"], ["wanted"], name="wanted", axis=0),
-        helper.make_node("Reshape", ["x", "wanted"], ["y"], name="flat"),
-        four=np.array([4]),
-        eight=np.array([8]),
+    zeros = network(
+        helper.make_node("Shape", ["x"], ["shape"], name="shape"),
+        helper.make_node("Mul", ["shape", "two"], ["wanted"], name="twice"),
+        helper.make_node("ConstantOfShape", ["wanted"], ["y"], name="zeros"),
+        two=np.array([2]),
     )
-    placement = place(flat)
-    assert placement.shape_arithmetic == 3
+    placement = place(zeros)
+    assert placement.shape_arithmetic == 2
     assert (placement.nodes, placement.on_cuda) == (1, 1)
 
 

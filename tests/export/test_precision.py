@@ -180,7 +180,7 @@ def test_an_overflow_that_later_layers_hide_is_refused(graph: bytes, exam: Exam)
         ]
     ):
         model.graph.node.insert(position + 1, node)
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(1e6), "much"))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(6e4), "much"))
     model.graph.initializer.append(
         numpy_helper.from_array(np.ones((1, 16, 3, 3), np.float32), convolution.input[1] + ".again")
     )

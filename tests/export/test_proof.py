@@ -30,7 +30,7 @@ def sabotaged(graph: bytes, sabotage: Sabotage) -> bytes:
 
 def set_weights(graph: onnx.GraphProto, name_ends: str, change: Callable[[Array], Array]) -> None:
     (weights,) = (one for one in graph.initializer if one.name.endswith(name_ends))
-    changed = np.ascontiguousarray(change(numpy_helper.to_array(weights)))
+    changed = np.asarray(change(numpy_helper.to_array(weights)), order="C")
     weights.CopyFrom(numpy_helper.from_array(changed, weights.name))
 
 
