@@ -145,4 +145,5 @@ GENERATOR = Room(
     to_tensor=to_tensor,
     to_answer=to_answer,
     example={"digit": 3, "seed": 7},
+    as_picture=lambda inputs, answers: contact_sheet(answers),
 )

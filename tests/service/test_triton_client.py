@@ -99,6 +99,13 @@ def check_outputs(room: Room, result: Any, expected: Any, count: int) -> None:
         assert len(values) == count
         if tensor.datatype == "FP32":
             np.testing.assert_allclose(values, expected.as_numpy(tensor.name)[:count], atol=TOLERANCE)
+        elif tensor.datatype == "BYTES":
+            # In binary the client gives bytes, in JSON text.
+            texts = [one.decode() if isinstance(one, bytes) else one for one in values]
+            assert texts == [
+                one.decode() if isinstance(one, bytes) else one
+                for one in expected.as_numpy(tensor.name)[:count]
+            ]
         else:
             np.testing.assert_array_equal(values, expected.as_numpy(tensor.name)[:count])
 
