@@ -15,14 +15,15 @@ from training.errors import TrainingError
 HERE = Path(__file__).parent
 
 
-class _Parser(argparse.ArgumentParser):
+class OneSentence(argparse.ArgumentParser):
     """Says in one sentence what is wrong, and nothing else."""
 
     def error(self, message: str) -> NoReturn:
+        """End with the sentence and code 2."""
         self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
     """A number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -39,11 +40,11 @@ def _seed(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """All that can be said on the command line."""
     stories = [name for name in MODELS if (HERE / f"{name}.py").exists()]
-    options = _Parser(prog="python -m training", description=__doc__)
+    options = OneSentence(prog="python -m training", description=__doc__)
     options.add_argument("model", choices=stories, help="the model to train")
     options.add_argument("--arch", help="the network; default: the model's first")
-    options.add_argument("--epochs", type=_whole, help="how often every example is seen")
-    options.add_argument("--batch-size", type=_whole, help="examples per step, over all processes")
+    options.add_argument("--epochs", type=whole, help="how often every example is seen")
+    options.add_argument("--batch-size", type=whole, help="examples per step, over all processes")
     which = options.add_mutually_exclusive_group()
     which.add_argument("--seed", type=_seed, default=0, help="sows every random number; default: 0")
     which.add_argument("--seeds", type=_seed, nargs="+", metavar="SEED", help="several runs, one for each")
@@ -61,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "--own-data", action="store_true", help="take your own data in the same format, unverified"
     )
     options.add_argument(
-        "--holdout", type=_whole, default=0, metavar="N", help="score on the last N training examples instead"
+        "--holdout", type=whole, default=0, metavar="N", help="score on the last N training examples instead"
     )
     options.add_argument(
         "--out",
@@ -86,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _train(story, chosen, arch)
     except TrainingError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or 'A file'} cannot be written or read: {error.strerror}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped; go on with --resume.", file=sys.stderr)
@@ -123,7 +127,7 @@ def _train(story: ModuleType, chosen: argparse.Namespace, arch: str) -> None:
         if card:
             print(f"{out}: {card['scores']}")
     if several and int(os.environ.get("RANK", "0")) == 0:
-        print(note_seeds(folders, "accuracy", "accuracies"))
+        print(note_seeds(folders))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ is either whole or recognised as broken.
 import hashlib
 import importlib
 import json
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from training.errors import TrainingError
+from training.files import appearing
 from training.fit import RESUME_POINT, Run, Settings, Story
 
 matplotlib.use("Agg")
@@ -133,23 +133,23 @@ def read_assets(folder: Path, facts: Mapping[str, Any]) -> dict[str, bytes]:
     return assets
 
 
-def note_seeds(folders: Sequence[Path], score: str, plural: str) -> dict[str, Any]:
+def note_seeds(folders: Sequence[Path]) -> dict[str, Any]:
     """Write into the cards of runs that differ in their seed alone how they fared together.
 
     Args:
         folders: Of the finished runs.
-        score: The number to compare, as it is called in `scores`.
-        plural: What the list of those numbers is called.
 
     Returns:
-        `{"numbers": seeds, <plural>: …, "mean": …, "spread": …}`; the spread is the
-        standard deviation between seeds.
+        `{"numbers": seeds, "score": its name, "values": …, "mean": …, "spread": …}` of the main
+        score, which a card names first; the spread is the standard deviation between seeds.
     """
     cards = [_read_card(folder) for folder in folders]
+    score = next(iter(cards[0]["scores"]))
     values = [float(facts["scores"][score]) for facts in cards]
     seeds = {
         "numbers": [facts["training"]["seed"] for facts in cards],
-        plural: values,
+        "score": score,
+        "values": values,
         "mean": float(np.mean(values)),
         "spread": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
     }
@@ -190,21 +190,15 @@ def draw_curve(epochs: Sequence[Mapping[str, float]], score: str, path: Path) ->
 
 def _save(figure: Any, path: Path) -> None:
     """Write a picture under its name once it is whole."""
-    candidate = path.with_suffix(".tmp.png")
-    figure.savefig(candidate, dpi=120)
+    with appearing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
-    candidate.replace(path)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file beside its name, then swap it in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    candidate = path.with_name(path.name + ".tmp")
-    with candidate.open("wb") as file:
+    """Write a file that appears whole or not at all."""
+    with appearing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    candidate.replace(path)
 
 
 def _write_card(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.tensorboard import SummaryWriter
 
 from training.errors import TrainingError
+from training.files import appearing
 
 Batch = Any
 """Whatever a story's `batch_of` makes and its `loss` understands."""
@@ -384,13 +385,8 @@ def _keep(players: Sequence[Player], story: Story, identity: dict[str, Any], pat
         "minutes": story.minutes,
         "players": {player.name: player.state() for player in players},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    candidate = path.with_suffix(".tmp")
-    with candidate.open("wb") as file:
+    with appearing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    candidate.replace(path)
 
 
 def _restore(

@@ -73,6 +73,9 @@ def test_a_resume_point_that_is_damaged_or_of_another_run(
     shutil.copytree(first, second)
     sentence = said([*options, "--seed", "5", "--out", str(first), "--resume"], capsys)
     assert "other settings (seed)" in sentence
+    another = [option.replace("mlp", "cnn") for option in options]
+    sentence = said([*another, "--out", str(first), "--resume"], capsys)
+    assert "other settings (arch" in sentence
     resume_point = second / "last.pt"
     resume_point.write_bytes(resume_point.read_bytes()[:2000])
     assert "damaged" in said([*options, "--out", str(second), "--resume"], capsys)

@@ -1,6 +1,9 @@
 """The loop, with networks of a handful of weights."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ from torch import Tensor, nn
 
 from training import fit
 from training.errors import TrainingError
+
+from .conftest import ROOT
 
 SETTINGS = fit.Settings(epochs=3, batch_size=8, precision="fp32")
 TARGETS = torch.linspace(-1, 1, 32).unsqueeze(1)
@@ -111,3 +116,16 @@ def test_a_player_without_an_average_is_its_own() -> None:
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(TrainingError, match="choose cpu or cuda"), fit.processes("tpu"):
         pass
+
+
+def test_two_processes_take_the_very_steps_that_one_takes(tmp_path: Path) -> None:
+    """At the same total batch, with nothing drawn by chance: the same loss, the same weights."""
+    results = []
+    for processes in ("1", "2"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", processes, "-m", "tests.training.together", str(tmp_path / processes)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+        assert run.returncode == 0, run.stderr
+        results.append([float(number) for number in run.stdout.split("RESULT")[1].split()])
+    assert results[0] == pytest.approx(results[1], rel=1e-5, abs=1e-6)
