@@ -86,6 +86,23 @@ def expected_calibration_error(
     return float(np.abs(gaps).sum() / len(given))
 
 
+def brier_score(probabilities: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """The mean squared error of the probabilities, summed over the labels (Brier, 1950).
+
+    Accuracy asks only which label is likeliest; this also asks how likely the right one was.
+
+    Args:
+        probabilities: float [n, labels].
+        labels: What they are, int [n].
+
+    Returns:
+        0 where every true label was given probability 1; 2 where every wrong one was.
+    """
+    given = np.asarray(probabilities, np.float64)
+    truth = np.eye(given.shape[1])[np.asarray(labels, np.int64)]
+    return float(np.square(given - truth).sum(axis=1).mean())
+
+
 def _softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Float [n, labels] to probabilities of the same shape."""
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.models.spec import Array
-from training.calibration import expected_calibration_error
+from training.calibration import brier_score, expected_calibration_error
 from training.errors import TrainingError
 
 Rows = slice | npt.NDArray[np.int64]
@@ -80,6 +80,7 @@ def classification_scores(outputs: Sequence[Array], truth: Array) -> dict[str, f
     return {
         "accuracy": float(np.mean(likeliest(outputs) == truth)),
         "expected_calibration_error": expected_calibration_error(outputs[0], truth),
+        "brier_score": brier_score(outputs[0], truth),
     }
 
 

@@ -10,6 +10,7 @@ from training.calibration import (
     COLDEST,
     HOTTEST,
     Probabilities,
+    brier_score,
     expected_calibration_error,
     fit_temperature,
 )
@@ -66,6 +67,12 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> N
 def test_a_confidence_of_one_has_a_bin() -> None:
     assert expected_calibration_error(np.eye(3), [0, 1, 2]) == 0
     assert expected_calibration_error(np.eye(3), [1, 2, 0]) == 1
+
+
+def test_the_brier_score_is_a_squared_distance_from_the_truth() -> None:
+    assert brier_score(np.eye(3), [0, 1, 2]) == 0
+    assert brier_score(np.eye(3), [1, 2, 0]) == 2
+    assert brier_score([[0.8, 0.2], [0.5, 0.5]], [0, 1]) == pytest.approx((2 * 0.04 + 2 * 0.25) / 2)
 
 
 def test_a_temperature_changes_no_answer() -> None:

@@ -36,7 +36,11 @@ def test_a_classifier_is_scored_by_its_likeliest_labels_and_by_how_sure_it_was()
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]])
     assert likeliest([probabilities]).tolist() == [0, 1, 0, 0]
     scores = classification_scores([probabilities], np.array([0, 1, 1, 0]))
-    assert scores == {"accuracy": 0.75, "expected_calibration_error": pytest.approx(0.3)}
+    assert scores == {
+        "accuracy": 0.75,
+        "expected_calibration_error": pytest.approx(0.3),
+        "brier_score": pytest.approx((0.02 + 0.08 + 0.72 + 0.18) / 4),
+    }
 
 
 @pytest.mark.parametrize(
