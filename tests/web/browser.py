@@ -7,7 +7,9 @@ Specification: https://www.w3.org/TR/webdriver2/
 
 import base64
 import contextlib
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -184,7 +186,10 @@ def start_browser() -> Iterator[Browser]:
     with (
         tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as profile,
         subprocess.Popen(
-            [driver_program, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [driver_program, f"--port={port}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         ) as driver,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http,
     ):
@@ -196,10 +201,12 @@ def start_browser() -> Iterator[Browser]:
             assert "sessionId" in opened, opened
             address = f"http://127.0.0.1:{port}/session/{opened['sessionId']}/"
             with httpx.Client(base_url=address, timeout=60, trust_env=False) as session:
-                yield Browser(session)
-                session.delete("")
+                try:
+                    yield Browser(session)
+                finally:
+                    session.delete("")
         finally:
-            driver.terminate()
+            os.killpg(driver.pid, signal.SIGTERM)  # the browser too, if it is still there
 
 
 def _wait_for(http: httpx.Client) -> None:

@@ -28,6 +28,8 @@ export function useKey(text) {
 
 export const address = (path) => new URL(path, root).href;
 
+export const isAway = () => state === "gone";
+
 export const needsKey = () => key !== "";
 
 /** One question; `sent` is what `fetch` takes as headers and body. */
@@ -83,11 +85,8 @@ async function reach(path, options) {
     lose();
     throw new Trouble("gone", "The service does not answer.");
   }
-  if (response.ok) {
-    // The metrics are open to all, and say nothing about the door that is locked.
-    if (state !== "locked") become("ready");
-    return response;
-  }
+  // One answer does not make a service ready, the metrics least of all: `wake` asks it itself.
+  if (response.ok) return response;
   const sentence = await problem(response);
   switch (response.status) {
     case 401:

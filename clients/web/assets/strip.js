@@ -1,6 +1,6 @@
 // The live strip: the service's own numbers, and its requests as notes on five lines.
 
-import { read } from "./service.js";
+import { isAway, read } from "./service.js";
 
 const EVERY_MS = 1000;
 const SECONDS_SHOWN = 60;
@@ -23,7 +23,7 @@ export class Strip {
 
   async #listen() {
     for (;;) {
-      if (!document.hidden) {
+      if (!document.hidden && !isAway()) {
         try {
           this.#take(parse(await read("metrics")));
         } catch {
