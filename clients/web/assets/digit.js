@@ -30,7 +30,7 @@ export class DigitPanel extends Panel {
     this.clear();
     this.picture = image;
     this.#paint();
-    void this.#send();
+    this.#send();
     this.element.scrollIntoView({ block: "nearest" });
   }
 
@@ -119,7 +119,7 @@ export class DigitPanel extends Panel {
 
   #changed() {
     this.#paint();
-    void this.#send();
+    this.#send();
   }
 
   /** Draws on what a person sees, in the colours of the page. */
@@ -151,7 +151,22 @@ export class DigitPanel extends Panel {
     document.getElementById("pad-hint").hidden = this.#strokes.length > 0 || Boolean(this.picture);
   }
 
-  async #send() {
+  #send() {
+    this.ask({
+      path: "digit",
+      headers: { "Content-Type": "image/png" },
+      // Made when its turn comes, from what is drawn by then.
+      body: () => this.#sheet(),
+      recipe: { model: "digit", file: "drawing.png", type: "image/png" },
+      show: ([reading]) => {
+        this.#show(reading.probabilities, reading.label);
+        this.say(reading.label, `${percent(reading.confidence)} sure`);
+      },
+    });
+  }
+
+  /** The drawing as a PNG file, black on white. */
+  async #sheet() {
     const sheet = new OffscreenCanvas(SIDE, SIDE);
     const pen = sheet.getContext("2d");
     pen.fillStyle = "#fff";
@@ -163,18 +178,8 @@ export class DigitPanel extends Panel {
     }
     strokes(pen, this.#strokes, "#000");
     const body = await sheet.convertToBlob({ type: "image/png" });
-    if (!this.#strokes.length && !this.picture) return; // cleared meanwhile
-    this.#offer(body);
-    this.ask({
-      path: "digit",
-      headers: { "Content-Type": "image/png" },
-      body,
-      recipe: { model: "digit", file: "drawing.png", type: "image/png" },
-      show: ([reading]) => {
-        this.#show(reading.probabilities, reading.label);
-        this.say(reading.label, `${percent(reading.confidence)} sure`);
-      },
-    });
+    if (this.#strokes.length || this.picture) this.#offer(body);
+    return body;
   }
 
   /** The drawing as a file, so that the request can be repeated elsewhere. */

@@ -82,7 +82,8 @@ export class Panel {
       this.recipe = question.recipe;
       this.#showRecipe();
       try {
-        const told = await ask(question.path, { headers: question.headers, body: question.body });
+        const body = question.body instanceof Function ? await question.body() : question.body;
+        const told = await ask(question.path, { headers: question.headers, body });
         if (this.#last === null) continue; // cleared meanwhile
         this.#answer = told.answer;
         this.element.removeAttribute("data-trouble");
