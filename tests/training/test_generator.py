@@ -38,7 +38,7 @@ from training.generator import (
 from .conftest import ROOT, Digits
 
 Start = Callable[[Sequence[str | Path]], "subprocess.Popen[str]"]
-SMALL = ("--batch-size", "70", "--precision", "fp32", "--epochs", "3")
+SMALL = ("--batch-size", "100", "--precision", "fp32", "--epochs", "2")
 
 
 # ---- its parts ----
@@ -132,7 +132,8 @@ def test_real_digits_judge_well_and_one_picture_for_each_digit_does_not(
     assert len(judge.floors) == story.DRAWS
     themselves = judge.scores(digits[0][500:])
     assert themselves["agreement"] > 0.95
-    assert themselves["frechet_distance"] == pytest.approx(0, abs=1e-3) < themselves["frechet_floor"]
+    assert themselves["frechet_distance"] == pytest.approx(0, abs=1e-3)
+    assert themselves["frechet_floor"] > 0.01
     assert themselves["diversity"] == 1
     first = np.stack([digits[0][digits[1] == digit][0] for digit in range(10)])
     collapsed = judge.scores(first[judge.asked])
@@ -176,7 +177,7 @@ def finish(process: "subprocess.Popen[str]") -> str:
 
 @pytest.fixture(scope="module")
 def unbroken(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of three epochs without interruption."""
+    """The folder of a run of two epochs without interruption."""
     out = tmp_path_factory.mktemp("unbroken")
     finish(start([*SMALL, "--out", out]))
     return out
