@@ -20,7 +20,9 @@ from load_tests import generators
 from load_tests.scenarios import Scenario, Target, beside
 from load_tests.servers import ROOT
 from service.models.digit import DIGIT
+from service.providers import profile_of
 from service.repository import Repository
+from service.settings import Settings
 
 LIBRARIES: Final = ("bentoml", "uvicorn", "uvloop", "httptools", "onnxruntime", "numpy", "grpcio")
 
@@ -128,7 +130,7 @@ def judge(results: Results, targets: Sequence[Target]) -> list[Verdict]:
 
 def surroundings(models: Path) -> dict[str, Any]:
     """What the figures depend on: machine, versions, network, commit; no names of hosts or folders."""
-    files = Repository(models).open(DIGIT.name)
+    files = Repository(models).open(DIGIT.name, None, profile_of(Settings()).variants)
     return {
         "cores": os.cpu_count(),
         "processor": _processor(),

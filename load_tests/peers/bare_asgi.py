@@ -6,12 +6,11 @@ this is the price of being a service. Run by `uvicorn --factory`.
 
 import orjson
 
+from load_tests.peers import served_digit
 from service.batcher import Batcher
 from service.http import Receive, Scope, Send
 from service.lanes import Lanes
 from service.models.digit import DIGIT
-from service.repository import Repository
-from service.runtime import Network
 from service.settings import Settings
 
 
@@ -19,9 +18,7 @@ class Bare:
     """An ASGI application that answers every request as if it were `POST /digit` with one picture."""
 
     def __init__(self, settings: Settings) -> None:
-        files = Repository(settings.models).open(DIGIT.name)
-        network = Network(DIGIT, files.network)
-        network.warm_up(DIGIT.to_tensor(DIGIT.example))
+        files, network = served_digit(settings)
         # On the event loop or in a lane, by the rule that the service goes by.
         milliseconds = network.seconds_per_input * 1000
         inline = milliseconds <= settings.inline_ms

@@ -13,10 +13,9 @@ import numpy as np
 from bentoml.validators import DType, Shape
 from PIL.Image import Image
 
+from load_tests.peers import served_digit
 from service.models.digit import DIGIT, SIDE, like_mnist
 from service.models.spec import Array, Sample
-from service.repository import Repository
-from service.runtime import Network
 from service.settings import Settings
 
 Pictures = Annotated[np.ndarray, DType("uint8"), Shape((-1, SIDE, SIDE))]
@@ -32,8 +31,7 @@ class Peer:
     """One network in every worker, asked by two batchable methods."""
 
     def __init__(self) -> None:
-        self._network = Network(DIGIT, Repository(Settings().models).open(DIGIT.name).network)
-        self._network.warm_up(DIGIT.to_tensor(DIGIT.example))
+        _, self._network = served_digit(Settings())
 
     def _run(self, pixels: list[Array]) -> Array:
         rows = self._network.run([Sample((one,)) for one in pixels])
