@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 from collections.abc import Callable
@@ -227,12 +228,33 @@ def _check_versions(repository: Repository, model: str, profile: Profile) -> Non
         raise trouble
 
 
+def _tls(settings: Settings) -> dict[str, Any]:
+    """What BentoML wants to know to speak TLS; nothing where it is not wanted."""
+    if settings.tls_certificate is None:
+        return {}
+    files = {"certfile": str(settings.tls_certificate), "keyfile": str(settings.tls_key)}
+    return {"ssl": {"enabled": True, **files}}
+
+
+def _check_tls(settings: Settings) -> None:
+    """See that certificate and key can be read and belong together.
+
+    Raises:
+        OSError: they cannot be, or do not.
+    """
+    if settings.tls_certificate is not None:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        # Without an answer OpenSSL would ask the terminal for a passphrase.
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
+
+
 @bentoml.service(
     name="quintet",
     service_class=QuintetService,
     workers=read_settings().workers,
     metrics={"enabled": False},
     logging={"access": {"enabled": False}},
+    **_tls(read_settings()),
 )
 class Quintet:
     """The service that `bentoml serve service:Quintet` runs."""
@@ -251,6 +273,12 @@ class Quintet:
                 _check_versions(repository, model, profile)
         except (RepositoryError, ProviderRefused) as error:
             raise SystemExit(f"quintet: {error}") from None
+        try:
+            _check_tls(settings)
+        except OSError as error:
+            raise SystemExit(
+                f"quintet: QUINTET_TLS_CERTIFICATE and QUINTET_TLS_KEY cannot be used: {error}"
+            ) from None
         if settings.grpc_port:
             # Workers share the port between them, which would hide that a stranger has it already.
             with socket.socket() as probe:

@@ -4,6 +4,8 @@ It knows no protocol. A door hands it inputs by tensor name and gets answers bac
 """
 
 import asyncio
+import random
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +160,11 @@ class DataPlane:
         return self.state is State.READY
 
     @property
+    def has_started(self) -> bool:
+        """Whether the models were loaded, whatever has become of the service since."""
+        return self.state is not State.STARTING
+
+    @property
     def is_taking(self) -> bool:
         """Whether connections may stay open for more requests."""
         return self.state is not State.DRAINING
@@ -306,8 +313,12 @@ class DataPlane:
         loaded: LoadedModel | None,
         started: float,
         error: QuintetError | None,
+        request_id: str = "",
     ) -> None:
-        """Count an answered request, and how long it took since `started` (perf_counter)."""
+        """Count an answered request, and how long it took since `started` (perf_counter).
+
+        Of a share of them the log has a line: who asked for what is in it, what they sent is not.
+        """
         model, version = (loaded.room.name, loaded.version) if loaded else ("none", "none")
         outcome = str(int(error.status)) if error else "ok"
         meters = self._meters.get((model, version, protocol, outcome))
@@ -318,7 +329,20 @@ class DataPlane:
             )
         requests, request_seconds = meters
         requests.add()
-        request_seconds.observe(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        request_seconds.observe(seconds)
+        share = self.settings.access_log_share
+        if share and random.random() < share:
+            log.info(
+                "request",
+                request_id=request_id or secrets.token_hex(8),
+                protocol=protocol,
+                model=model,
+                version=version,
+                outcome=outcome,
+                milliseconds=round(seconds * 1000, 3),
+                queue_depth=loaded.batcher.depth if loaded else 0,
+            )
         if error is not None and error.rejection is not None:
             self._board.counter("quintet_rejected", error.rejection).add()
 

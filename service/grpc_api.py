@@ -48,6 +48,9 @@ NOT_SUPPORTED: Final = {
 }  # fmt: skip
 """Triton's calls that we have no answer for: they say so, whatever they are sent."""
 
+MAX_REQUEST_ID: Final = 128
+"""As much of a caller's name for a request as the log holds."""
+
 STREAM_AHEAD: Final = 64
 """Requests of one stream that may be under way at a time."""
 
@@ -87,7 +90,12 @@ class GrpcDoor:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server, pool=_described_services())
-        server.add_insecure_port(address)
+        settings = self._plane.settings
+        if settings.tls_certificate is None or settings.tls_key is None:
+            server.add_insecure_port(address)
+        else:
+            pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
+            server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         await self.update_health()
         await server.start()
         self._server = server
@@ -287,7 +295,8 @@ class GrpcDoor:
             if entered:
                 self._plane.leave()
             if loaded is not None or failure is not None:
-                self._plane.measure(PROTOCOL, loaded, started, failure)
+                request_id = request.id[:MAX_REQUEST_ID] if request is not None else ""
+                self._plane.measure(PROTOCOL, loaded, started, failure, request_id)
         return response, failure
 
 

@@ -4,7 +4,7 @@ It decodes, asks the data plane, encodes; it decides nothing. Paths:
 
     POST /<model>                              what the room takes in, predictions out
     GET  / /assets/…                           a page to try them, for browsers
-    GET  /livez /readyz /metrics               for whoever operates the service
+    GET  /startupz /livez /readyz /metrics     for whoever operates the service
     /v2/…                                      the Open Inference Protocol
 """
 
@@ -31,6 +31,7 @@ from service.errors import (
 )
 from service.http import (
     CallerGone,
+    Message,
     Receive,
     Request,
     Response,
@@ -53,6 +54,23 @@ from service.version import VERSION
 WORTH_COMPRESSING: Final = 1024
 """In bytes: people's answers are compressed from here up, machines' (as Triton does) wherever they ask."""
 
+REQUEST_ID: Final = b"x-request-id"
+MAX_REQUEST_ID: Final = 128
+
+ALLOWED_FROM_OTHER_ORIGINS: Final = (
+    (b"access-control-allow-methods", b"GET, HEAD, POST"),
+    (
+        b"access-control-allow-headers",
+        b"authorization, content-type, content-encoding, inference-header-content-length, "
+        b"quintet-timeout-ms, quintet-priority, x-request-id",
+    ),
+    (b"access-control-max-age", b"600"),
+)
+
+EXPOSED: Final = (
+    b"inference-header-content-length, quintet-batch-size, retry-after, server-timing, x-request-id"
+)
+
 HEADER_LENGTH: Final = b"inference-header-content-length"
 
 log = structlog.get_logger("quintet")
@@ -70,6 +88,7 @@ class RestDoor:
             **{path: lambda request: self._page[request.path] for path in self._page},
             "/": self._index,
             "/livez": lambda request: text_response("alive\n"),
+            "/startupz": self._started,
             "/readyz": self._ready,
             "/metrics": self._metrics,
         }
@@ -78,12 +97,18 @@ class RestDoor:
         """Answer one request, whatever happens."""
         started = time.perf_counter()
         request = Request(scope, receive)
+        if self._plane.settings.cors_origins:
+            send = self._sending_to_other_origins(request, send)
+            if request.method == "OPTIONS" and b"access-control-request-method" in request.headers:
+                await Response(204, b"text/plain", b"", ALLOWED_FROM_OTHER_ORIGINS).send(send)
+                return
         page = self._pages.get(request.path)
         if page is not None:
             await self._send_page(request, page, send)
             return
         is_machine = request.path == "/v2" or request.path.startswith("/v2/")
         protocol = "open-inference-rest" if is_machine else "rest"
+        request_id = _request_id(request)
         failure: QuintetError | None = None
         entered = False
         try:
@@ -105,12 +130,32 @@ class RestDoor:
             if entered:
                 self._plane.leave(request.buffered_bytes)
         if request.asked is not None or failure is not None:
-            self._plane.measure(protocol, request.asked, started, failure)
+            self._plane.measure(protocol, request.asked, started, failure, request_id)
         accepted = request.headers.get(b"accept-encoding")
         # Predictions only: Triton's client for asyncio asks everywhere, and undoes it only there.
         if accepted is not None and request.asked is not None and failure is None:
             await _compress(response, accepted, 0 if is_machine else WORTH_COMPRESSING)
+        if request_id:
+            response.headers += ((REQUEST_ID, request_id.encode()),)
         await response.send(send, close=not self._plane.is_taking)
+
+    def _sending_to_other_origins(self, request: Request, send: Send) -> Send:
+        """`send`, which also lets the page of an allowed origin read the answer (Fetch, section 3.2)."""
+        origin = request.headers.get(b"origin", b"")
+        allowed = self._plane.settings.cors_origins
+        is_allowed = "*" in allowed or origin.decode("latin-1") in allowed
+        more = (
+            [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", EXPOSED)]
+            if origin and is_allowed
+            else []
+        )
+
+        async def send_with_origin(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"vary", b"origin"), *more]
+            await send(message)
+
+        return send_with_origin
 
     async def _send_page(self, request: Request, page: Callable[[Request], Response], send: Send) -> None:
         if request.method in ("GET", "HEAD"):
@@ -133,11 +178,16 @@ class RestDoor:
                     name: {"task": room.task, "call": f"POST /{name}"} for name, room in MODELS.items()
                 },
                 "open_inference_protocol": "/v2",
-                "health": ["/livez", "/readyz"],
+                "health": ["/startupz", "/livez", "/readyz"],
                 "metrics": "/metrics",
             },
             ((b"vary", b"accept"),),
         )
+
+    def _started(self, request: Request) -> Response:
+        if self._plane.has_started:
+            return text_response("started\n")
+        return problem_response(Unavailable("The service is starting."), as_open_inference=False)
 
     def _ready(self, request: Request) -> Response:
         if self._plane.is_ready:
@@ -325,6 +375,15 @@ async def _optional_json(request: Request, plane: DataPlane) -> dict[str, Any]:
     """The JSON object of a body that may be left out."""
     body = await request.body(plane)
     return read_json(body) if body else {}
+
+
+def _request_id(request: Request) -> str:
+    """The caller's own name for the request, if it is one that a log can hold."""
+    value = request.headers.get(REQUEST_ID)
+    if value is None or len(value) > MAX_REQUEST_ID or not value.isascii():
+        return ""
+    text = value.decode()
+    return text if text.isprintable() else ""
 
 
 def _must_be(request: Request, method: str) -> None:

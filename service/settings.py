@@ -2,9 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from service.models import MODELS
@@ -91,6 +99,14 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = Field(
         None, description="key, or digest, for loading and unloading; none: off"
     )
+    tls_certificate: Path | None = Field(None, description="PEM file; with a key, both doors speak TLS")
+    tls_key: Path | None = Field(None, description="its private key, a PEM file without a passphrase")
+    cors_origins: tuple[str, ...] = Field(
+        (), description='pages of other origins that may ask, as JSON: ["https://example.org"]; none: none'
+    )
+    access_log_share: float = Field(
+        0.0, ge=0, le=1, description="of all requests, the share that the log tells of; never what they held"
+    )
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="least level logged")
 
     @field_validator("policies")
@@ -100,6 +116,12 @@ class Settings(BaseSettings):
         if unknown:
             raise ValueError(f"there is no model {min(unknown)}; there are {', '.join(MODELS)}")
         return policies
+
+    @model_validator(mode="after")
+    def _have_both_or_neither(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("TLS takes both, QUINTET_TLS_CERTIFICATE and QUINTET_TLS_KEY")
+        return self
 
     def policy(self, model: str) -> WholePolicy:
         """How the requests for one model are batched."""
@@ -119,7 +141,11 @@ def read_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        wrong = [f"QUINTET_{str(one['loc'][0]).upper()}: {one['msg']}" for one in error.errors()]
+        # What concerns several of them together has no place of its own.
+        wrong = [
+            f"QUINTET_{str(one['loc'][0]).upper()}: {one['msg']}" if one["loc"] else one["msg"]
+            for one in error.errors()
+        ]
         raise SystemExit(f"quintet: {'; '.join(wrong)}.") from None
     except SettingsError as error:
         raise SystemExit(f'quintet: {error}; a list is written as JSON: ["…"].') from None

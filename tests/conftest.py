@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -79,7 +80,14 @@ class QuintetServer:
 
     @property
     def http_url(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
+        scheme = "https" if "tls_certificate" in self.settings else "http"
+        return f"{scheme}://127.0.0.1:{self.http_port}"
+
+    @property
+    def verify(self) -> ssl.SSLContext | bool:
+        """What httpx needs to trust it: its own certificate, where it has one."""
+        certificate = self.settings.get("tls_certificate")
+        return ssl.create_default_context(cafile=certificate) if certificate else True
 
     @property
     def http_address(self) -> str:
@@ -112,7 +120,8 @@ class QuintetServer:
             assert self.process.poll() is None, f"the service ended:\n{self.log_text()}"
             assert time.monotonic() < give_up, f"the service does not become ready:\n{self.log_text()}"
             time.sleep(0.05)
-        assert httpx.get(f"{self.http_url}/readyz", trust_env=False).status_code == 200
+        ready = httpx.get(f"{self.http_url}/readyz", trust_env=False, verify=self.verify)
+        assert ready.status_code == 200
         return self
 
     def terminate(self) -> None:

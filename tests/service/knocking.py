@@ -24,7 +24,9 @@ Pixels = npt.NDArray[np.uint8]
 
 def http_client(server: QuintetServer, **options: Any) -> httpx.Client:
     # Nothing between us and the service: a proxy of the environment would answer in its place.
-    return httpx.Client(base_url=server.http_url, trust_env=False, timeout=30, **options)
+    return httpx.Client(
+        base_url=server.http_url, trust_env=False, timeout=30, verify=server.verify, **options
+    )
 
 
 class GrpcClient:
