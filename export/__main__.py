@@ -1,14 +1,15 @@
-"""The command line of export: `python -m export digit`."""
+"""The command line of export: `python -m export digit`, `--all`, `--report`."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from export.errors import ExportRefused, ProofFailed
 from export.publish import VARIANTS
 from service.models import MODELS
+from service.models.spec import Room
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +51,15 @@ def _temperature(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     """All that can be said on the command line."""
     options = _Parser(prog="python -m export", description=__doc__)
-    options.add_argument("model", choices=list(MODELS), help="the model to export")
+    options.add_argument("model", choices=list(MODELS), nargs="?", help="the model to export")
+    options.add_argument(
+        "--all",
+        action="store_true",
+        help="all models: each from its default run where there is one, else from its highest version",
+    )
+    options.add_argument(
+        "--report", action="store_true", help="only show what is in the repository, model by precision"
+    )
     options.add_argument(
         "--checkpoint",
         type=Path,
@@ -86,23 +95,53 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Export; 0 when it went well, 1 when the proof failed, 2 when something must be mended first."""
-    chosen = parser().parse_args(arguments)
+    """Export; 0 when it went well, 1 when a proof failed, 2 when something must be mended first."""
+    options = parser()
+    chosen = options.parse_args(arguments)
+    if bool(chosen.model) == (chosen.all or chosen.report) or (chosen.all and chosen.report):
+        options.error("name a model, or say --all, or --report")
+    if chosen.temperature is not None and chosen.from_version is None:
+        options.error("--temperature is for the file of a version; name one with --from-version")
+    if chosen.checkpoint is not None and chosen.from_version is not None:
+        options.error("name either --checkpoint or --from-version")
+    if chosen.all and any((chosen.checkpoint, chosen.from_version, chosen.version, chosen.temperature)):
+        options.error(
+            "--all finds each model's checkpoint or version by itself; name one model to choose them"
+        )
     # After the command line was understood: torch takes seconds to import, a wrong word should not.
-    from export.pipeline import export
+    if chosen.report:
+        from export.report import report
+
+        return _told(lambda: report(chosen.to))
+    rooms = list(MODELS.values()) if chosen.all else [MODELS[chosen.model]]
+    return max(_told(lambda room=room: _export(room, chosen)) for room in rooms)  # type: ignore[misc]
+
+
+def _export(room: Room, chosen: argparse.Namespace) -> None:
+    """Export one model as the command line says."""
+    from export.pipeline import export, first_run, highest_version
+
+    from_version = chosen.from_version
+    if chosen.all and not first_run(room).is_dir():
+        from_version = highest_version(room, chosen.to)
+    export(
+        room,
+        checkpoint=chosen.checkpoint,
+        from_version=from_version,
+        temperature=chosen.temperature,
+        variants=chosen.variants,
+        repository=chosen.to,
+        data=chosen.data,
+        version=chosen.version,
+    )
+
+
+def _told(work: Callable[[], None]) -> int:
+    """Do it; what went wrong becomes one sentence and an exit code."""
     from training.errors import TrainingError
 
     try:
-        export(
-            MODELS[chosen.model],
-            checkpoint=chosen.checkpoint,
-            from_version=chosen.from_version,
-            temperature=chosen.temperature,
-            variants=chosen.variants,
-            repository=chosen.to,
-            data=chosen.data,
-            version=chosen.version,
-        )
+        work()
     except ProofFailed as failure:
         print(f"Nothing was exported. {failure}", file=sys.stderr)
         return 1

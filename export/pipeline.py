@@ -147,6 +147,18 @@ def first_run(room: Room) -> Path:
     return Path("runs") / f"{room.name}-{arch}-seed0"
 
 
+def highest_version(room: Room, repository: Path) -> int:
+    """The highest version of a model that a repository holds.
+
+    Raises:
+        ExportRefused: it holds none.
+    """
+    try:
+        return Repository(repository).latest(room.name)
+    except (RepositoryError, NotFound) as error:
+        raise ExportRefused(f"There is no run and no version of {room} to export. {error}") from error
+
+
 def _chosen(room: Room, story: Any, variants: Sequence[str] | None) -> list[str]:
     """The variants to export, in the order of `VARIANTS`."""
     can_calibrate = hasattr(story, "calibration")
@@ -180,7 +192,7 @@ def _trained(room: Room, folder: Path, story: Any) -> Source:
 def _shipped(room: Room, repository: Path, version: int, temperature: float | None) -> Source:
     """The fp32 file of an older version as a source."""
     try:
-        files = Repository(repository).open(room.name, version)
+        files = Repository(repository).open(room.name, version, ("fp32",))
     except (RepositoryError, NotFound) as error:
         raise ExportRefused(str(error)) from error
     facts = files.card

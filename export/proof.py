@@ -291,7 +291,9 @@ def _of_length(exam: Exam, length: int) -> list[Array]:
 def _compare_company(trial: _Trial, candidate: Answers) -> float:
     """Rows from all over the set, alone and in batches; the largest difference."""
     exam = trial.exam
-    limit = exam.largest_neighbour_difference or trial.tolerance.neighbour_difference
+    limit = exam.largest_neighbour_difference
+    if limit is None:
+        limit = trial.tolerance.neighbour_difference
     rows = np.linspace(0, len(exam) - 1, max(BATCH_SIZES)).astype(int)
     alone = [candidate(exam.batch(slice(row, row + 1))) for row in rows]
     right = [np.concatenate(outputs) for outputs in zip(*alone, strict=True)]

@@ -40,8 +40,8 @@ def measure(networks: Mapping[str, bytes], batches: Mapping[int, Sequence[Array]
     """Items per second of each network at its best setting, in rounds that take turns.
 
     A setting is a batch size, and the cores either as lanes (runs at the same time, a thread
-    each) or as threads inside one run. The best of the rounds counts: whatever disturbs
-    only slows.
+    each) or as threads inside one run. What is measured is processor time, so that whatever
+    else runs on the machine does not count; the best of the rounds, because it only slows.
 
     Args:
         networks: ONNX files by precision, fp32 among them.
@@ -63,7 +63,7 @@ def measure(networks: Mapping[str, bytes], batches: Mapping[int, Sequence[Array]
         ):
             session = sessions[name, threads]
             feed = dict(zip((one.name for one in session.get_inputs()), batches[size], strict=True))
-            rate = size * _runs_per_second(session, feed, lanes)
+            rate = size * _runs_per_second(session, feed, lanes, threads)
             key = (name, size, lanes, threads)
             rates[key] = max(rates.get(key, 0.0), rate)
     best = {}
@@ -84,23 +84,23 @@ def measure(networks: Mapping[str, bytes], batches: Mapping[int, Sequence[Array]
     }
 
 
-def _runs_per_second(session: Any, feed: Mapping[str, Array], lanes: int) -> float:
-    """How often a session runs in a second, in so many threads at a time."""
-    end = time.perf_counter() + SECONDS
+def _runs_per_second(session: Any, feed: Mapping[str, Array], lanes: int, threads: int) -> float:
+    """How often a session runs in a second of all the cores that it uses, in so many lanes at a time."""
 
     def run(_: int) -> int:
         count = 0
-        while time.perf_counter() < end:
+        while time.process_time() < end:
             session.run(None, feed)
             count += 1
         return count
 
     session.run(None, feed)
-    started = time.perf_counter()
-    end = started + SECONDS
+    used = lanes * threads
+    started = time.process_time()
+    end = started + SECONDS * used
     if lanes == 1:
         count = run(0)
     else:
         with ThreadPoolExecutor(lanes) as pool:
             count = sum(pool.map(run, range(lanes)))
-    return count / (time.perf_counter() - started)
+    return count * used / (time.process_time() - started)

@@ -32,6 +32,11 @@ STOP_SECONDS = 60.0
 """Both are long: the machine may be busy with something else."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the mark of what needs a GPU."""
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA card and onnxruntime-gpu; skipped elsewhere")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A test that asks the service for one model waits, uncollected, until `MODELS` has its room."""
     waiting = {item for item in items for mark in item.iter_markers("room") if mark.args[0] not in MODELS}

@@ -26,6 +26,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from service.errors import NotFound
 from service.models.digit import LABELS, SIDE
 from service.models.generator import GENERATOR, LATENT, Picture, contact_sheet, noise_of
+from service.models.spec import Array
 from service.repository import Repository, RepositoryError
 from training import card, data, fit
 from training.digit import Digits, load_mnist
@@ -424,8 +425,16 @@ def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
     )
 
 
+def calibration(folder: Path | None, card: Mapping[str, Any]) -> tuple[Array, ...]:
+    """Digits in turn, from seeds that the exam does not use: int64 [n] and noise float32 [n, LATENT]."""
+    digits = np.arange(QUANTISATION_PICTURES) % len(LABELS)
+    return digits, noise_for(digits, range(QUANTISATION_SEED, QUANTISATION_SEED + len(digits)))
+
+
 # ---------------------------------------------------------------- settings
 
+QUANTISATION_PICTURES = 512
+QUANTISATION_SEED = 2**32
 MODELS_FOLDER = Path(__file__).parents[1] / "models"
 READING_MARGIN = 3.0
 """By how much the digit asked for should lead when the critic reads a picture, in logits."""

@@ -286,6 +286,20 @@ def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
     return Exam(f"{named['name']} {named['split']}", (images,), labels, likeliest, scores)
 
 
+def calibration(folder: Path | None, card: Mapping[str, Any]) -> tuple[Pictures]:
+    """Training pictures from all over that half: uint8 [n, 32, 32, 3].
+
+    Args:
+        folder: The data folder; None for the usual one.
+        card: The network's card.
+
+    Raises:
+        TrainingError: the pictures cannot be had.
+    """
+    images, _ = load_cifar(folder, "train", verify=card["data"]["name"] == "CIFAR-10")
+    return (images[np.linspace(0, len(images) - 1, QUANTISATION_PICTURES).astype(int)],)
+
+
 def confusion(kinds: Tensor, predicted: Tensor) -> npt.NDArray[np.int64]:
     """How often each kind (row) was taken for each (column): int64 [10, 10]."""
     pairs = kinds.cpu() * len(LABELS) + predicted.cpu()
@@ -298,6 +312,7 @@ def confusion(kinds: Tensor, predicted: Tensor) -> npt.NDArray[np.int64]:
 LABEL_SMOOTHING = 0.1
 AVERAGE_DECAY = 0.999
 MOMENTUM = 0.9
+QUANTISATION_PICTURES = 512
 RESERVED = 2000
 """Training pictures that are not learned from: they show progress and set the temperature."""
 

@@ -583,8 +583,27 @@ def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
     )
 
 
+def calibration(folder: Path | None, card: Mapping[str, Any]) -> tuple[Array]:
+    """Sentences and reviews that were held out of training and are no part of the exam: int64 [n, length].
+
+    Args:
+        folder: The data folder; None for the usual one.
+        card: The network's card.
+
+    Raises:
+        TrainingError: the texts cannot be had.
+    """
+    verify = card["data"]["name"] == DATA
+    corpus = load_corpus(folder, verify=verify)
+    sentences = corpus.calibration[np.arange(min(QUANTISATION_SENTENCES, len(corpus.calibration)))]
+    reviews = corpus.long_calibration[np.arange(min(QUANTISATION_REVIEWS, len(corpus.long_calibration)))]
+    return (padded(cut_up(_tokenizer(folder, verify), sentences + reviews)).numpy(),)
+
+
 # ---------------------------------------------------------------- settings
 
+QUANTISATION_SENTENCES: Final = 256
+QUANTISATION_REVIEWS: Final = 64
 DATA: Final = "SST-2 and IMDB"
 HELD_OUT_SEED: Final = 20_130_801
 CALIBRATION_TEXTS: Final = 800
