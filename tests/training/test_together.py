@@ -1,0 +1,61 @@
+"""`torchrun` with two processes: the loss of an epoch is that of one process at the same total batch."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cells import write_slides
+
+from .conftest import ROOT
+
+
+def losses(processes: int, environment: dict[str, str], *options: str | Path) -> dict[str, float]:
+    """Each player's mean loss in the first epoch."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *launcher, "-m", "training", *map(str, options), "--epochs", "1"]
+    run = subprocess.run(
+        [*command, "--own-data", "--precision", "fp32"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("epoch 1/1") == 1, "only the first process reports"
+    return {name: float(loss) for name, loss in re.findall(r"(\w+)/loss (\S+)", run.stdout)}
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slides")
+    write_slides(folder, {"train": 16, "val": 2})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "batch_size", "tolerance"),
+    [
+        pytest.param("generator", "70", 0.25, id="generator"),
+        pytest.param("detection", "8", 0.25, id="detection"),
+    ],
+)
+def test_two_processes_agree_with_one(
+    model: str,
+    batch_size: str,
+    tolerance: float,
+    slides: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """Each process draws its own distortions and noise, and normalises by its own half of a batch."""
+    if model == "detection":
+        environment = {**environment, "QUINTET_DATA": str(slides)}
+    one, two = (
+        losses(processes, environment, model, "--batch-size", batch_size, "--out", tmp_path / str(processes))
+        for processes in (1, 2)
+    )
+    assert two == pytest.approx(one, rel=tolerance)
