@@ -1,5 +1,9 @@
 """Says what a small photograph shows: one of CIFAR-10's ten kinds of thing.
 
+`cnn`: 94.73 % of CIFAR-10's test half, each picture looked at once and as it is (the averaged
+weights after the last epoch, seed 0), 3,190,432 parameters, 76 minutes on one core of a CPU
+that had other work too (alone, an epoch takes 97 seconds).
+
 Rerun: python -m training image
 """
 
@@ -332,6 +336,11 @@ RECIPES = {"cnn": Recipe(40, 256, 0.25, 1e-3)}
 
 def train(run: fit.Run) -> dict[str, Any]:
     """Train one network, score it on the test half, and leave both in `run.out`.
+
+    The last training pictures are set apart: progress is shown on them, so that the test half is
+    looked at once, when all is done, and they give the temperature. Under `torchrun` each process
+    normalises by the statistics of its own share of a batch, and the first one's running ones
+    are kept.
 
     Returns:
         The card.
