@@ -25,7 +25,6 @@ from onnxruntime.quantization import (
     QuantType,
     quantize_static,
 )
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 from onnxruntime.transformers.optimizer import optimize_model
 
@@ -143,12 +142,12 @@ def fp16(network: bytes) -> Converted:
     ordered(converted)
     del converted.graph.value_info[:]
     onnx.checker.check_model(converted)
-    stays = dict.fromkeys(sorted(blocked), "no CUDA kernel takes it in fp16")
-    stays |= {
-        node.op_type: "it stands before the first weights or after the last"
-        for node in model.graph.node
-        if node.name in before | after and node.op_type not in stays
+    reasons = {
+        "no CUDA kernel takes them in fp16": blocked,
+        "before the first weights": {node.op_type for node in model.graph.node if node.name in before},
+        "after the last weights": {node.op_type for node in model.graph.node if node.name in after},
     }
+    stays = {reason: sorted(operators) for reason, operators in reasons.items() if operators}
     facts: dict[str, Any] = {"kept_in_fp32": stays, **({"fused": fused} if fused else {})}
     return Converted(bytes(converted.SerializeToString(deterministic=True)), facts, rounded(converted))
 
@@ -398,6 +397,9 @@ def _by_rows(model: onnx.ModelProto) -> Converted:
     """
     tables = _small_tables(model)
     with _silence():
+        # Not above: it makes the whole process talkative when it is imported.
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
         quantizer = MatMulNBitsQuantizer(
             model, bits=8, block_size=BLOCK, is_symmetric=True, accuracy_level=MULTIPLY_BYTES
         )
@@ -510,13 +512,17 @@ def _quantised(
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the quantiser's remarks off the terminal."""
+    """Keep ONNX Runtime's tools off the terminal, and the way this process logs as it is."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(logging.NOTSET)
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _answers(
