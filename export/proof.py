@@ -334,7 +334,9 @@ def _compare_whole_set(trial: _Trial, candidate: Answers, reference: Answers, be
     same = _same_decisions(trial, beside, found, right)
     scores, wanted_scores = exam.score(found, exam.truth), exam.score(right, exam.truth)
     differences = {name: scores[name] - wanted for name, wanted in wanted_scores.items()}
-    for name, wanted in wanted_scores.items():
+    # A score of a part of the examples (`accuracy/cat`) is shown, not judged: a few examples move it.
+    judged = {name: wanted for name, wanted in wanted_scores.items() if "/" not in name}
+    for name, wanted in judged.items():
         if not abs(differences[name]) <= trial.tolerance.score * max(1, abs(wanted)):
             raise ProofFailed(
                 f"{room}: on {exam.name} the exported file scores {scores}; {beside} scores {wanted_scores}."
