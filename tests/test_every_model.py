@@ -103,7 +103,9 @@ def test_every_version_has_a_card_with_all_fields(room: Room) -> None:
         }  # fmt: skip
         assert f"python -m training {room.name}" in card["training"]["command"]
         assert set(card["export"]) >= {"opset", "onnx", "onnxruntime", "largest_difference"}
-        assert card["export"]["largest_difference"] < TOLERANCE
+        # Bytes are rounded: a last bit may turn one of them by a whole level.
+        in_bytes = all(tensor.dtype.kind in "iu" for tensor in room.network_outputs)
+        assert card["export"]["largest_difference"] <= (1 if in_bytes else TOLERANCE)
         # A score for each file, and only for those.
         assert set(card["scores"]) == set(card["files"])
         for scores in card["scores"].values():

@@ -170,7 +170,7 @@ def start(environment: dict[str, str]) -> Start:
 
 def finish(process: "subprocess.Popen[str]") -> str:
     """Wait for a run to end well; what it printed."""
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
     return printed
 
@@ -215,7 +215,7 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_as_an_unbroken_one(
 ) -> None:
     arguments = [*SMALL, "--out", tmp_path]
     process = start(arguments)
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + 300
     while not (tmp_path / "last.pt").exists():
         assert time.monotonic() < give_up, "no resume point appeared"
         time.sleep(0.01)
