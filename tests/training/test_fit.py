@@ -125,7 +125,7 @@ def test_two_processes_take_the_very_steps_that_one_takes(tmp_path: Path) -> Non
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", processes, "-m", "tests.training.together", str(tmp_path / processes)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr
         results.append([float(number) for number in run.stdout.split("RESULT")[1].split()])
     assert results[0] == pytest.approx(results[1], rel=1e-5, abs=1e-6)

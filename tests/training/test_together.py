@@ -32,7 +32,7 @@ def losses(processes: int, environment: dict[str, str], *options: str | Path) ->
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slides")
-    write_slides(folder, {"train": 16, "val": 2})
+    write_slides(folder, {"train": 8, "val": 2})
     return folder
 
 
@@ -40,7 +40,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("model", "batch_size", "tolerance"),
     [
         pytest.param("generator", "70", 0.25, id="generator"),
-        pytest.param("detection", "8", 0.25, id="detection"),
+        pytest.param("detection", "4", 0.25, id="detection"),
     ],
 )
 def test_two_processes_agree_with_one(

@@ -26,7 +26,7 @@ SMALL = ("--arch", "cnn", "--batch-size", "50", "--precision", "fp32")
 
 def finish(process: "subprocess.Popen[str]") -> str:
     """Wait for a run to end well; what it printed."""
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     return printed
 
@@ -93,7 +93,7 @@ def test_two_processes_train_as_one(
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "training", "digit", "--own-data", *SMALL, "--epochs", "1", "--out", str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("epoch 1/1") == 1, "only the first process reports"
     _, card = read_checkpoint(tmp_path)
