@@ -26,6 +26,7 @@ import bentoml
 import structlog
 from _bentoml_sdk.service.factory import Service
 
+from service import bento_face
 from service.commands import Commands
 from service.data_plane import DataPlane, State
 from service.grpc_api import GrpcDoor
@@ -169,13 +170,16 @@ class QuintetService(Service[Any]):
         configure_logging(settings.log_level)
         _listen_alone()
         self.house = House(settings)
-        rest, lifespan = self.house.rest, super().to_asgi(is_main)
+        rest, bento = self.house.rest, super().to_asgi(is_main)
+        gate = bento_face.Gate(self.house.plane, bento)
 
         async def front(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "http":
-                await rest(scope, receive, send)
+            if scope["type"] != "http":
+                await bento(scope, receive, send)
+            elif bento_face.has_path(scope["path"]):
+                await gate(scope, receive, send)
             else:
-                await lifespan(scope, receive, send)
+                await rest(scope, receive, send)
 
         return front
 
@@ -256,6 +260,7 @@ def _check_tls(settings: Settings) -> None:
     logging={"access": {"enabled": False}},
     **_tls(read_settings()),
 )
+@bento_face.with_a_method_for_each_room
 class Quintet:
     """The service that `bentoml serve service:Quintet` runs."""
 

@@ -297,6 +297,10 @@ class DataPlane:
         self._under_way -= 1
         self._buffered_bytes -= buffered_bytes
 
+    def leave_bytes(self, buffered_bytes: int) -> None:
+        """Note that a body is let go whose request did not enter, or entered apart from it."""
+        self._buffered_bytes -= buffered_bytes
+
     def buffer(self, size: int) -> None:
         """Note `size` more bytes of a body in memory.
 

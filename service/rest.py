@@ -4,6 +4,7 @@ It decodes, asks the data plane, encodes; it decides nothing. Paths:
 
     POST /<model>                              what the room takes in, predictions out
     GET  / /assets/…                           a page to try them, for browsers
+    GET  /openapi.json /docs                   what can be asked, for programs and for people
     GET  /startupz /livez /readyz /metrics     for whoever operates the service
     /v2/…                                      the Open Inference Protocol
 """
@@ -16,7 +17,7 @@ from typing import Any, Final
 import orjson
 import structlog
 
-from service import open_inference
+from service import open_inference, openapi
 from service.batcher import Job, Priority
 from service.bodies import prefers_picture, read_query, reader_of
 from service.data_plane import LONG_WORK, DataPlane, off_the_loop
@@ -91,7 +92,12 @@ class RestDoor:
             "/startupz": self._started,
             "/readyz": self._ready,
             "/metrics": self._metrics,
+            "/openapi.json": lambda request: self._description,
+            "/docs": lambda request: self._docs,
         }
+        self._description = json_response(openapi.description())
+        security = ((b"content-security-policy", openapi.POLICY), (b"x-content-type-options", b"nosniff"))
+        self._docs = Response(200, b"text/html; charset=utf-8", openapi.page().encode(), security)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever happens."""
@@ -180,6 +186,7 @@ class RestDoor:
                 "open_inference_protocol": "/v2",
                 "health": ["/startupz", "/livez", "/readyz"],
                 "metrics": "/metrics",
+                "description": ["/openapi.json", "/docs"],
             },
             ((b"vary", b"accept"),),
         )

@@ -31,7 +31,7 @@ PROMISED = {
     "quintet_model_info",
 }
 
-PROTOCOLS = {"rest", "open-inference-rest", "open-inference-grpc"}
+PROTOCOLS = {"rest", "open-inference-rest", "open-inference-grpc", "bentoml"}
 
 
 def series_of(text: str) -> Series:
