@@ -1,5 +1,10 @@
 """Finds the cells in microscope pictures of blood.
 
+`cnn`: on BCCD's val split a mean average precision of 0.920 at half an overlap and 0.624 over
+overlaps from 0.50 to 0.95 (one run, seed 0, the averaged weights after the last epoch; red cells
+0.873 and 0.614, white cells 0.989 and 0.788, platelets 0.898 and 0.471); 2,635,399 parameters,
+29 minutes on one core of a CPU that others shared.
+
 Rerun: python -m training detection
 """
 
@@ -631,8 +636,8 @@ def _say_nothing(*words: object) -> None:
 def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
     """BCCD's val split, or that of the pictures that the network was trained on instead.
 
-    Decided for every picture is how many cells of each kind there are for people, who are
-    shown what is surer than 0.5.
+    Decided for every picture is how many boxes of each kind are sure enough to be shown to
+    people, before those that overlap are thinned out.
 
     Args:
         folder: The data folder; None for the usual one.
@@ -669,6 +674,7 @@ def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
         decide,
         score,
         margin=margin,
+        apart=apart,
     )
 
 

@@ -20,7 +20,10 @@ from service.models.detection import (
     overlaps,
 )
 from service.models.spec import Array
+from service.repository import Repository
+from service.runtime import Network
 from tests.cells import Pixels, slide
+from tests.conftest import MODELS_FOLDER
 
 Found = list[tuple[int, float, tuple[float, float, float, float]]]
 
@@ -243,3 +246,12 @@ def test_the_example_is_a_small_picture_of_cells() -> None:
     sample = DETECTION.to_tensor(DETECTION.example)
     assert sample.tensors[0].shape == (HEIGHT, WIDTH, 3)
     assert len(DETECTION.example["image"]) < 30_000
+
+
+def test_the_shipped_network_finds_the_painted_cells() -> None:
+    sample = DETECTION.to_tensor({**DETECTION.example, "min_confidence": 0.3})
+    network = Network(DETECTION, Repository(MODELS_FOLDER).open("detection").network)
+    found = DETECTION.to_answer(network.run([sample])[0], sample).as_json()["objects"]
+    assert sorted(one["label"] for one in found) == ["Platelets"] * 2 + ["RBC"] * 3 + ["WBC"]
+    white = next(one["box"] for one in found if one["label"] == "WBC")
+    assert white == pytest.approx([140, 90, 240, 190], abs=8), "in the example's own pixels"
