@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -13,6 +14,9 @@ from PIL import Image
 from service.errors import TooManyPixels, UnreadableImage
 from service.models.image import IMAGE, LABELS, is_quick, like_cifar
 from service.models.pictures import decode_colour
+from service.repository import Repository
+from service.runtime import Network
+from tests.conftest import MODELS_FOLDER
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -275,3 +279,19 @@ def test_small_pictures_and_pixels_are_quick() -> None:
     assert is_quick({"pixels": noise(32, 32, 3)})
     assert is_quick({"image": as_file(noise(120, 120, 3))})
     assert not is_quick({"image": as_file(noise(300, 300, 3))})
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        pytest.param(lambda view: as_file(view), id="as-drawn"),
+        pytest.param(lambda view: as_file(view[:, ::-1]), id="mirrored"),
+        pytest.param(lambda view: as_file(cv2.resize(view, (960, 960)), ".jpg"), id="large-jpeg"),
+        pytest.param(lambda view: as_file(np.pad(view, ((0, 0), (40, 40), (0, 0)), "edge")), id="wide"),
+        pytest.param(lambda view: turned_by_a_camera(np.rot90(view), 6), id="held-sideways"),
+    ],
+)
+def test_the_shipped_network_sees_a_ship(shown: Callable[[Pixels], bytes]) -> None:
+    network = Network(IMAGE, Repository(MODELS_FOLDER).open("image").network)
+    sample = IMAGE.to_tensor({"image": shown(decode_colour(IMAGE.example["image"]))})
+    assert IMAGE.to_answer(network.run([sample])[0], sample).as_json()["label"] == "ship"
