@@ -56,8 +56,6 @@ BATCH_SIZES = (1, 2, 7, 32)
 
 BATCHES_PER_SIZE = 8
 
-WHOLE_SET_BATCH = 250
-
 LENGTHS = (1, 2, 7, 32, 128, 512)
 """Of the texts that are made by repeating real ones, where inputs may have any length."""
 
@@ -420,7 +418,7 @@ def _largest_activation(trial: _Trial, rounded: bytes) -> float:
 def _all_answers(answers: Answers, exam: Exam) -> list[Array]:
     """The outputs for every example, each [examples, ...]."""
     batches = [
-        answers(exam.batch(slice(start, start + WHOLE_SET_BATCH)))
-        for start in range(0, len(exam), WHOLE_SET_BATCH)
+        answers(exam.batch(slice(start, start + exam.batch_size)))
+        for start in range(0, len(exam), exam.batch_size)
     ]
     return [np.concatenate(outputs) for outputs in zip(*batches, strict=True)]

@@ -40,6 +40,11 @@ def network_of(room: Room) -> Network:
     return Network(room, Repository(MODELS_FOLDER).open(room.name).network)
 
 
+def furnished(room: Room) -> Room:
+    """The room as it serves: with the files that it needs beside its network, if any."""
+    return Repository(MODELS_FOLDER).open(room.name).furnish(room) if room.assets else room
+
+
 def examples(tensor: Tensor, count: int) -> np.ndarray[Any, Any]:
     """Made-up values of a tensor's type, with lengths of five where any will do."""
     shape = [count, *(5 if axis < 0 else axis for axis in tensor.shape)]
@@ -63,7 +68,7 @@ def test_the_room_is_known_by_its_name(room: Room) -> None:
 
 @every_model
 def test_the_room_prepares_its_example_for_its_network(room: Room) -> None:
-    sample = room.to_tensor(room.example)
+    sample = furnished(room).to_tensor(room.example)
     assert len(sample.tensors) == len(room.network_inputs)
     for array, tensor in zip(sample.tensors, room.network_inputs, strict=True):
         assert array.dtype == tensor.dtype
@@ -73,7 +78,7 @@ def test_the_room_prepares_its_example_for_its_network(room: Room) -> None:
 
 @every_model
 def test_the_answer_has_the_promised_outputs(room: Room) -> None:
-    sample = room.to_tensor(room.example)
+    sample = furnished(room).to_tensor(room.example)
     answer = room.to_answer(network_of(room).run([sample])[0], sample)
     tensors = answer.as_tensors()
     assert list(tensors) == [tensor.name for tensor in room.outputs]
@@ -121,14 +126,16 @@ def test_every_file_is_the_one_that_its_card_names(room: Room) -> None:
             content = (folder / entry["path"]).read_bytes()
             assert len(content) == entry["bytes"] < 48 * MEBIBYTE
             assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+        assert set(card.get("assets", ())) == set(room.assets)
+        # Opening verifies the assets.
+        Repository(MODELS_FOLDER).open(room.name, folder.name)
 
 
 @every_model
 def test_no_file_ships_that_no_card_names(room: Room) -> None:
-    known = {"card.json", "tokenizer.json"}
     for folder, card in cards_of(room):
-        named = {entry["path"] for entry in card["files"].values()}
-        assert {path.name for path in folder.iterdir()} <= named | known
+        named = {entry["path"] for entry in card["files"].values()} | set(card.get("assets", ()))
+        assert {path.name for path in folder.iterdir()} <= named | {"card.json"}
 
 
 def test_all_that_ships_fits_into_git() -> None:
@@ -147,7 +154,7 @@ def test_nothing_ships_that_has_no_room() -> None:
 def test_the_network_answers_one_and_many_alike(room: Room) -> None:
     """The session opens at all only if its tensors are the room's."""
     network = network_of(room)
-    sample = room.to_tensor(room.example)
+    sample = furnished(room).to_tensor(room.example)
     (alone,) = network.run([sample])
     for size in (2, 7, 64):
         rows = network.run([sample] * size)
@@ -161,7 +168,7 @@ def test_the_network_answers_one_and_many_alike(room: Room) -> None:
 @every_model
 def test_an_answer_does_not_depend_on_its_neighbours(room: Room) -> None:
     network = network_of(room)
-    sample = room.to_tensor(room.example)
+    sample = furnished(room).to_tensor(room.example)
     columns = [examples(tensor, 8) for tensor in room.network_inputs]
     strangers = [type(sample)(tuple(column[row] for column in columns)) for row in range(8)]
     (alone,) = network.run([sample])
@@ -212,7 +219,7 @@ def test_people_can_ask_it(quintet_server: QuintetServer, room: Room) -> None:
     answer = response.json()
     assert answer["model"] == room.name
     assert answer["version"] == versions_of(room)[-1].name
-    sample = room.to_tensor(room.example)
+    sample = furnished(room).to_tensor(room.example)
     expected = room.to_answer(network_of(room).run([sample])[0], sample).as_json()
     (prediction,) = answer["predictions"]
     assert set(prediction) == set(expected)

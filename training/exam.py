@@ -46,6 +46,7 @@ class Exam:
             any answer (1 for bytes, where a last bit may round the other way). None for the
             usual.
         largest_neighbour_difference: The same for a row alone and in company.
+        batch_size: How many examples go through a network at a time when all do.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Exam:
     trim: Callable[[Sequence[Array]], list[Array]] | None = None
     largest_difference: float | None = None
     largest_neighbour_difference: float | None = None
+    batch_size: int = 250
 
     def __len__(self) -> int:
         """The number of examples."""

@@ -3,7 +3,7 @@
 Rerun: python -m training sentiment
 """
 
-import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,30 +32,53 @@ from service.models.sentiment import (
 )
 from service.models.spec import Array
 from training import card, data, fit
-from training.calibration import Probabilities, expected_calibration_error, fit_temperature
+from training.calibration import Probabilities, brier_score, expected_calibration_error, fit_temperature
 from training.errors import TrainingError
 from training.exam import Exam, likeliest, refuse_other_data
 
 # ---------------------------------------------------------------- data
 
-SST2: Final = "SST-2"
-IMDB: Final = "aclImdb"
-MINILM: Final = "all-MiniLM-L6-v2"
 WEIGHTS: Final = "model.safetensors"
 
-SST2_SHA256: Final = {
-    "train": "9cab80ca4e1c339c7f46361d13c3f0b2785098d7e787ff0dcfd78b063a13c3d2",
-    "dev": "fdb21a491401989324087047283a5b5277124937d43f7bb90df4bd7c18b8cc96",
-}
-"""Of each row as `sentence<TAB>label<LF>`, without the blanks that GLUE has at the end of a sentence."""
+_END_OF_FIELD: Final = re.compile(rb"[ \r]+(?=[\t\n])")
 
-IMDB_SHA256: Final = "f81c63b190a669c25c75938fcc45d3e092267cfa00a72876a60225095cf8c213"
-"""Of `neg/<name>`, a zero byte, the text and another, by name; then the same of `pos`."""
 
-MINILM_SHA256: Final = {
-    WEIGHTS: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    TOKENIZER: "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-}
+def without_blanks(content: bytes) -> bytes:
+    """A table without the blanks that GLUE has at the end of its sentences, and some copies have not."""
+    return _END_OF_FIELD.sub(b"", content)
+
+
+SST2: Final = data.Archive(
+    name="SST-2",
+    folder="SST-2",
+    mirrors=("https://dl.fbaipublicfiles.com/glue/data/SST-2.zip",),
+    files=("train.tsv", "dev.tsv"),
+    file_count=2,
+    content_bytes=3_832_790,
+    content_sha256="6269f618bab1c60d956abe4f4f68ca96636a27ec7aeb216dbc432cdd35e08e61",
+    canonical=without_blanks,
+)
+IMDB: Final = data.Archive(
+    name="IMDB",
+    folder="aclImdb",
+    mirrors=("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",),
+    files=("train/neg/*.txt", "train/pos/*.txt"),
+    file_count=25_000,
+    content_bytes=33_132_823,
+    content_sha256="6fda854ebfdae8d72f130d898bd6efa555dfbd6fdaa06af822d978979ec69ac6",
+)
+MINILM: Final = data.Archive(
+    name="MiniLM",
+    folder="all-MiniLM-L6-v2",
+    mirrors=(
+        "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/"
+        "c9745ed1d9f207416be6d2e6f8de32d1f16199bf/",
+    ),
+    files=(WEIGHTS, TOKENIZER),
+    file_count=2,
+    content_bytes=91_334_623,
+    content_sha256="58ecd522351329833b309898800f3d3cb21c28605d402344f4e5adf48cdbd817",
+)
 
 
 @dataclass(frozen=True)
@@ -100,26 +123,15 @@ def load_sst2(folder: Path | None, split: str, *, verify: bool = True) -> Texts:
     Raises:
         TrainingError: the file cannot be had, or is not what it should be.
     """
-    path = data.data_folder(folder) / SST2 / f"{split}.tsv"
+    path = data.find_archive(SST2, folder, verify=verify) / f"{split}.tsv"
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise TrainingError(
-            f"There is no {path}; fetch https://dl.fbaipublicfiles.com/glue/data/SST-2.zip and unpack it in "
-            f"{path.parents[1]}."
-        ) from error
+        lines = without_blanks(path.read_bytes()).decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"{path} cannot be read; unpack SST-2.zip anew.") from error
-    rows = [line.rstrip("\r").split("\t") for line in lines[1:] if line]
+        raise TrainingError(f"{path} cannot be read; put a table in UTF-8 there.") from error
+    rows = [line.split("\t") for line in lines[1:] if line]
     if not rows or any(len(row) != 2 or row[1] not in ("0", "1") for row in rows):
         raise TrainingError(f"{path} must hold a sentence, a tab and 0 or 1 on each line below the first.")
-    found = data.sha256_of("".join(f"{text.rstrip()}\t{label}\n" for text, label in rows).encode())
-    if verify and found != SST2_SHA256[split]:
-        raise TrainingError(
-            f"{path} is not the published file (its checksum differs); unpack SST-2.zip anew, or say "
-            "--own-data if these are your own texts."
-        )
-    return Texts([text.rstrip() for text, _ in rows], np.array([int(label) for _, label in rows]))
+    return Texts([text for text, _ in rows], np.array([int(label) for _, label in rows]))
 
 
 def load_imdb(folder: Path | None, *, verify: bool = True) -> Texts:
@@ -128,28 +140,17 @@ def load_imdb(folder: Path | None, *, verify: bool = True) -> Texts:
     Raises:
         TrainingError: the files cannot be had, or are not what they should be.
     """
-    home = data.data_folder(folder) / IMDB / "train"
-    digest = hashlib.sha256()
+    home = data.find_archive(IMDB, folder, verify=verify) / "train"
     texts, labels = [], []
     try:
         for label, name in enumerate(("neg", "pos")):
-            for path in sorted((home / name).glob("*.txt")):
-                content = path.read_bytes()
-                digest.update(b"%s/%s\0%s\0" % (name.encode(), path.name.encode(), content))
-                texts.append(content.decode())
-                labels.append(label)
+            found = [path.read_text(encoding="utf-8") for path in sorted((home / name).glob("*.txt"))]
+            texts += found
+            labels += [label] * len(found)
     except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"A review in {home} cannot be read; unpack aclImdb_v1.tar.gz anew.") from error
+        raise TrainingError(f"A review in {home} cannot be read; each is a file of text in UTF-8.") from error
     if len(set(labels)) < 2:
-        raise TrainingError(
-            f"There are no reviews in {home}/pos and {home}/neg; unpack "
-            f"https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz in {home.parents[1]}."
-        )
-    if verify and digest.hexdigest() != IMDB_SHA256:
-        raise TrainingError(
-            f"The reviews in {home} are not the published ones (their checksum differs); unpack "
-            "aclImdb_v1.tar.gz anew, or say --own-data if these are your own texts."
-        )
+        raise TrainingError(f"{home} must hold reviews, each in a file of its own, in pos and in neg.")
     return Texts(texts, np.array(labels))
 
 
@@ -164,14 +165,23 @@ def load_minilm(folder: Path | None, name: str, *, verify: bool = True) -> bytes
     Raises:
         TrainingError: it cannot be had, or is not what it should be.
     """
-    path = data.data_folder(folder) / MINILM / name
+    path = data.find_archive(MINILM, folder, verify=verify) / name
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise TrainingError(f"There is no {path}.") from error
-    if verify and data.sha256_of(content) != MINILM_SHA256[name]:
-        raise TrainingError(f"{path} is not the published file (its checksum differs).")
-    return content
+        raise TrainingError(f"There is no {path}; put it there.") from error
+
+
+def load_tokenizer(content: bytes) -> Tokenizer:
+    """The room's tokenizer, from the bytes of `tokenizer.json`.
+
+    Raises:
+        TrainingError: it is none.
+    """
+    try:
+        return read_tokenizer(content)
+    except ValueError as error:
+        raise TrainingError(f"{error}.") from error
 
 
 def whole_sentences(texts: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -449,7 +459,7 @@ class Transformer(nn.Module):
                 }
             )
         except (safetensors.SafetensorError, RuntimeError) as error:
-            raise TrainingError(f"{WEIGHTS} of {MINILM} is damaged or another network's.") from error
+            raise TrainingError(f"{WEIGHTS} of {MINILM.name} is damaged or another network's.") from error
 
     def rates(self, decay: float) -> list[tuple[nn.Module, float]]:
         """Parts and their shares of the learning rate: less for each layer further down.
@@ -484,7 +494,7 @@ class Gru(nn.Module):
         turned = tokens.gather(1, torch.where(place < length, length - 1 - place, place))
         views = []
         for layer, order in ((self.forwards, tokens), (self.backwards, turned)):
-            states, _ = layer(self.drop_words(self.embed(order)))
+            states = _states(layer, self.drop_words(self.embed(order)))
             hidden = states.masked_fill(~is_word(order).unsqueeze(2), -1.0)
             views += [mean_over_words(states, order), hidden.amax(1)]
         logits: Tensor = self.classify(torch.cat(views, 1))
@@ -493,6 +503,31 @@ class Gru(nn.Module):
     def rates(self, decay: float) -> list[tuple[nn.Module, float]]:
         """All of it learns at one rate."""
         return [(self, 1.0)]
+
+
+def _states(layer: nn.GRU, words: Tensor) -> Tensor:
+    """What a layer remembers after each word: float [n, length, width] to [n, length, hidden]."""
+    if not torch.onnx.is_in_onnx_export():
+        states: Tensor = layer(words)[0]
+        return states
+    # torch's exporter writes out each step of its example; ONNX has an operator for any length.
+    weights = [_onnx_gates(layer.weight_ih_l0), _onnx_gates(layer.weight_hh_l0)]
+    biases = torch.cat([_onnx_gates(layer.bias_ih_l0), _onnx_gates(layer.bias_hh_l0)], 1)
+    count, length, _ = words.shape
+    steps = torch.onnx.ops.symbolic(
+        "GRU",
+        (words.transpose(0, 1), *weights, biases),
+        {"hidden_size": layer.hidden_size, "linear_before_reset": 1},
+        dtype=words.dtype,
+        shape=(length, 1, count, layer.hidden_size),
+    )
+    return steps.squeeze(1).transpose(0, 1)
+
+
+def _onnx_gates(parameter: Tensor) -> Tensor:
+    """From torch's reset, update and new gates to ONNX's order, after an axis for the direction."""
+    reset, update, new = parameter.chunk(3)
+    return torch.cat([update, reset, new]).unsqueeze(0)
 
 
 ARCHITECTURES: dict[str, Callable[[], Transformer | Gru]] = {"transformer": Transformer, "gru": Gru}
@@ -544,6 +579,7 @@ def scores(outputs: Sequence[Array], truth: npt.NDArray[np.int64]) -> dict[str, 
         "accuracy": float(np.mean(is_right[~is_review])),
         "imdb_accuracy": float(np.mean(is_right[is_review])),
         "expected_calibration_error": expected_calibration_error(outputs[0], labels),
+        "brier_score": brier_score(outputs[0], labels),
     }
 
 
@@ -576,11 +612,21 @@ def exam(folder: Path | None, card: Mapping[str, Any]) -> Exam:
     corpus = load_corpus(folder, verify=verify)
     questions = corpus.questions + corpus.long_questions
     refuse_other_data(card, questions.sha256)
-    tokenizer = _tokenizer(folder, verify)
-    tokens = padded(cut_up(tokenizer, questions)).numpy()
+    tokens = padded(cut_up(_tokenizer(folder, verify), questions)).numpy()
     return Exam(
-        f"{named['name']}, {named['split']}", (tokens,), truth_of(corpus), likeliest, scores, trim=trim
+        f"{named['name']}, {named['split']}",
+        (tokens,),
+        truth_of(corpus),
+        likeliest,
+        scores,
+        trim=trim,
+        batch_size=EXAM_TEXTS,
     )
+
+
+def _tokenizer(folder: Path | None, verify: bool) -> Tokenizer:
+    """MiniLM's."""
+    return load_tokenizer(load_minilm(folder, TOKENIZER, verify=verify))
 
 
 def calibration(folder: Path | None, card: Mapping[str, Any]) -> tuple[Array]:
@@ -607,8 +653,12 @@ QUANTISATION_REVIEWS: Final = 64
 DATA: Final = "SST-2 and IMDB"
 HELD_OUT_SEED: Final = 20_130_801
 CALIBRATION_TEXTS: Final = 800
+CURVE_REVIEWS: Final = 300
+"""So many held-out reviews are read after every epoch, for the curve."""
 LONG_QUESTIONS: Final = 1_000
 LONG_WORDS: Final = 200
+EXAM_TEXTS: Final = 32
+"""So many are examined at a time: attention scores of long texts take a gigabyte for a hundred."""
 PHRASE_WORDS: Final = 4
 """Shorter phrases ("a good film") are anybody's."""
 
@@ -676,7 +726,7 @@ def train(run: fit.Run) -> dict[str, Any]:
     """
     recipe = RECIPES[run.arch]
     tokenizer_file = load_minilm(run.data, TOKENIZER, verify=run.verify)
-    tokenizer = read_tokenizer(tokenizer_file)
+    tokenizer = load_tokenizer(tokenizer_file)
     corpus = load_corpus(run.data, verify=run.verify, holdout=run.holdout)
     material = corpus.sentences + corpus.phrases + corpus.reviews
     settings = fit.Settings(
@@ -773,14 +823,6 @@ def train(run: fit.Run) -> dict[str, Any]:
         card.draw_confusion(counts, LABELS, run.out / "confusion_matrix.png")
         card.draw_curve(story.epochs, "accuracy", run.out / "learning_curve.png")
         return facts
-
-
-CURVE_REVIEWS: Final = 300
-"""So many held-out reviews are read after every epoch, for the curve."""
-
-
-def _tokenizer(folder: Path | None, verify: bool) -> Tokenizer:
-    return read_tokenizer(load_minilm(folder, TOKENIZER, verify=verify))
 
 
 def _groups(rates: Sequence[tuple[nn.Module, float]], recipe: Recipe) -> list[dict[str, Any]]:

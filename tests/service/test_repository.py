@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from service.errors import NotFound
+from service.models.digit import DIGIT
+from service.models.sentiment import SENTIMENT
 from service.repository import MAX_CARD_BYTES, Repository, RepositoryError
+
+from ..texts import tokenizer_file
 
 NETWORK = b"the bytes of a network"
 NO_CHANGES: Mapping[str, object] = {}
@@ -381,3 +385,64 @@ def network_with_external_weights() -> tuple[bytes, bytes]:
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     return model.SerializeToString(), values.tobytes()
+
+
+# ---------------------------------------------------------------- assets
+
+TOKENIZER_FILE = tokenizer_file()
+LISTED = {"tokenizer.json": {"bytes": len(TOKENIZER_FILE), "sha256": sha256(TOKENIZER_FILE).hexdigest()}}
+
+
+def test_what_a_room_needs_beside_its_network_comes_verified_with_it(folder: Path) -> None:
+    version = add_version(folder, "2", changes={"assets": LISTED})
+    (version / "tokenizer.json").write_bytes(TOKENIZER_FILE)
+    files = Repository(folder).open("digit")
+    assert files.assets == {"tokenizer.json": TOKENIZER_FILE}
+    room = files.furnish(SENTIMENT)
+    assert len(room.to_tensor({"text": b"a good film"}).tensors[0]) == 5
+    assert files.furnish(DIGIT) is DIGIT, "a room that needs nothing stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(TOKENIZER_FILE[:-1], "bytes, its card says", id="cut-short"),
+        pytest.param(TOKENIZER_FILE[:-1] + b" ", "the file was altered", id="altered"),
+        pytest.param(None, "is missing; restore it", id="missing"),
+    ],
+)
+def test_an_asset_that_is_not_its_cards_is_not_loaded(
+    folder: Path, content: bytes | None, message: str
+) -> None:
+    version = add_version(folder, "2", changes={"assets": LISTED})
+    if content is not None:
+        (version / "tokenizer.json").write_bytes(content)
+    with pytest.raises(RepositoryError, match=message):
+        Repository(folder).open("digit")
+
+
+@pytest.mark.parametrize(
+    ("assets", "message"),
+    [
+        pytest.param(["tokenizer.json"], '"assets" is not an object', id="a-list"),
+        pytest.param(
+            {"../tokenizer.json": LISTED["tokenizer.json"]}, "a plain file name is wanted", id="a-path"
+        ),
+        pytest.param({"tokenizer.json": {}}, "that is no size", id="nothing-known-of-it"),
+        pytest.param({"tokenizer.json": "sha256"}, "is not an object with bytes and sha256", id="text"),
+    ],
+)
+def test_a_card_with_assets_in_disorder_is_refused(tmp_path: Path, assets: object, message: str) -> None:
+    add_version(tmp_path, changes={"assets": assets})
+    with pytest.raises(RepositoryError, match=message):
+        Repository(tmp_path).open("digit")
+
+
+def test_a_room_is_not_opened_without_what_it_needs(folder: Path) -> None:
+    with pytest.raises(RepositoryError, match=r'names no tokenizer\.json under "assets"'):
+        Repository(folder).open("digit").furnish(SENTIMENT)
+    other = b"{}"
+    listed = {"tokenizer.json": {"bytes": len(other), "sha256": sha256(other).hexdigest()}}
+    (add_version(folder, "2", changes={"assets": listed}) / "tokenizer.json").write_bytes(other)
+    with pytest.raises(RepositoryError, match="is not a tokenizer"):
+        Repository(folder).open("digit").furnish(SENTIMENT)

@@ -1,0 +1,309 @@
+"""The sentiment story: data held apart, batches by length, two networks that learn, resume and export."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import safetensors.torch
+import torch
+from transformers import BertConfig, BertModel
+
+from export.to_onnx import to_onnx
+from service.models.sentiment import PADDING, SENTIMENT, TOKENIZER
+from service.runtime import Network
+from training import sentiment
+from training.__main__ import main
+from training.card import read_assets, read_checkpoint
+from training.errors import TrainingError
+from training.fit import RESUME_POINT, Settings
+
+from ..texts import opinions, reviews, tokenizer_file, vocabulary_size
+
+TINY = BertConfig(
+    vocab_size=vocabulary_size(),
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=512,
+    attention_probs_dropout_prob=0.0,
+)
+
+every_architecture = pytest.mark.parametrize("arch", sentiment.ARCHITECTURES)
+
+
+@pytest.fixture(autouse=True)
+def pocket_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both networks, small enough for a suite."""
+    pocket = {
+        "transformer": lambda: sentiment.Transformer(TINY),
+        "gru": lambda: sentiment.Gru(vocabulary_size(), width=16, hidden=16),
+    }
+    for arch, network in pocket.items():
+        monkeypatch.setitem(sentiment.ARCHITECTURES, arch, network)
+        faster = {"learning_rate": 3e-3 if arch == "transformer" else 1e-2, "layer_decay": 1.0}
+        recipe = sentiment.RECIPES[arch]
+        monkeypatch.setitem(sentiment.RECIPES, arch, dataclasses.replace(recipe, precision="fp32", **faster))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with three small data sets in their publishers' layouts."""
+    home = tmp_path_factory.mktemp("texts")
+    treebank = home / "SST-2"
+    treebank.mkdir()
+    sentences = opinions(360)
+    phrases = [(" ".join(text.split()[:4]), label) for text, label in sentences[60:]]
+    for name, rows in (("train", [*sentences[60:], *dict(phrases).items()]), ("dev", sentences[:60])):
+        lines = [f"{text} \t{label}" for text, label in rows]
+        (treebank / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines, ""]))
+    for name in ("neg", "pos"):
+        (home / "aclImdb" / "train" / name).mkdir(parents=True)
+    for number, (text, label) in enumerate(reviews(96, sentences=26)):
+        path = home / "aclImdb" / "train" / ("neg", "pos")[label] / f"{number}_{9 if label else 2}.txt"
+        path.write_text(text)
+    minilm = home / "all-MiniLM-L6-v2"
+    minilm.mkdir()
+    (minilm / TOKENIZER).write_bytes(tokenizer_file())
+    torch.manual_seed(0)
+    weights = BertModel(TINY).state_dict()
+    safetensors.torch.save_file(weights, minilm / sentiment.WEIGHTS)
+    return home
+
+
+def train(folder: Path, out: Path, arch: str, *options: str) -> int:
+    """`python -m training sentiment` on the small data."""
+    command = ["sentiment", "--own-data", "--arch", arch, "--data", str(folder), "--out", str(out)]
+    return main([*command, "--batch-size", "8", *options])
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where `run_of` keeps what it trained."""
+    return {}
+
+
+def run_of(arch: str, folder: Path, runs: dict[str, Path]) -> Path:
+    """A finished run of three epochs, trained once."""
+    if arch not in runs:
+        out = folder.parent / f"run-{arch}"
+        assert train(folder, out, arch, "--epochs", "3") == 0
+        runs[arch] = out
+    return runs[arch]
+
+
+@every_architecture
+def test_a_run_learns_and_its_exam_gives_the_scores_of_its_card(
+    arch: str, folder: Path, runs: dict[str, Path]
+) -> None:
+    out = run_of(arch, folder, runs)
+    network, card = read_checkpoint(out)
+    assert card["scores"]["accuracy"] > 0.8
+    assert card["scores"]["imdb_accuracy"] > 0.8
+    assert 0 <= card["scores"]["expected_calibration_error"] < 0.5
+    assert read_assets(out, card) == {TOKENIZER: tokenizer_file()}
+    exam = sentiment.exam(folder, card)
+    answers = sentiment.head(network, card).eval()
+    with torch.inference_mode():
+        batches = [
+            answers(torch.from_numpy(exam.batch(slice(start, start + exam.batch_size))[0])).numpy()
+            for start in range(0, len(exam), exam.batch_size)
+        ]
+    outputs = [np.concatenate(batches)]
+    assert exam.score(outputs, exam.truth) == pytest.approx(card["scores"], abs=1e-4)
+    for picture in ("confusion_matrix.png", "learning_curve.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@every_architecture
+def test_a_broken_off_run_goes_on_as_if_nothing_had_happened(
+    arch: str, folder: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_of(arch, folder, runs)
+    steps = 0
+    usual = sentiment.loss
+
+    def breaks(network: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == half:
+            raise KeyboardInterrupt
+        return usual(network, batch)
+
+    monkeypatch.setattr(sentiment, "loss", breaks)
+    half = _steps(folder, arch) * 3 // 2
+    assert train(folder, tmp_path, arch, "--epochs", "3") == 130
+    assert (tmp_path / RESUME_POINT).exists()
+    monkeypatch.setattr(sentiment, "loss", usual)
+    assert train(folder, tmp_path, arch, "--epochs", "3", "--resume") == 0
+    first, second = (read_checkpoint(out)[0].state_dict() for out in (whole, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _steps(folder: Path, arch: str) -> int:
+    """Batches in an epoch of the small data."""
+    tokenizer = sentiment.load_tokenizer(tokenizer_file())
+    corpus = sentiment.load_corpus(folder, verify=False)
+    parts = [corpus.sentences, corpus.phrases, corpus.reviews]
+    lengths = np.array([len(text) for part in parts for text in sentiment.cut_up(tokenizer, part)])
+    plan = sentiment.plan(lengths, list(map(len, parts)), sentiment.RECIPES[arch], Settings(3, 8))
+    return len(plan[0])
+
+
+@every_architecture
+def test_the_exported_graph_answers_like_torch_at_every_length_and_batch(
+    arch: str, folder: Path, runs: dict[str, Path]
+) -> None:
+    network, card = read_checkpoint(run_of(arch, folder, runs))
+    answers = sentiment.head(network, card).eval()
+    graph = to_onnx(answers, SENTIMENT)
+    session = onnxruntime.InferenceSession(graph)
+    chance = np.random.default_rng(0)
+    for length in (1, 2, 17, 128, 512):
+        for count in (1, 2, 7):
+            tokens = chance.integers(1, vocabulary_size(), (count, length))
+            for row in range(1, count):
+                tokens[row, max(1, length - 3 * row) :] = PADDING
+            with torch.inference_mode():
+                expected = answers(torch.from_numpy(tokens)).numpy()
+            (found,) = session.run(None, {"tokens": tokens})
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+    room = SENTIMENT.furnish({TOKENIZER: tokenizer_file()})
+    samples = [room.to_tensor({"text": text}) for text in (b"lovely", b"the film is dull " * 60)]
+    together = Network(room, graph).run(samples)
+    for sample, row in zip(samples, together, strict=True):
+        ((alone,),) = Network(room, graph).run([sample])
+        np.testing.assert_allclose(row[0], alone, atol=1e-5)
+
+
+@every_architecture
+def test_an_answer_does_not_depend_on_its_neighbours_nor_on_padding(arch: str) -> None:
+    torch.manual_seed(1)
+    network = sentiment.ARCHITECTURES[arch]().eval()
+    texts = [np.arange(4, 4 + length) for length in (1, 3, 40, 9)]
+    with torch.inference_mode():
+        together = network(sentiment.padded(texts))
+        for row, text in enumerate(texts):
+            torch.testing.assert_close(together[row], network(sentiment.padded([text]))[0], atol=1e-5, rtol=0)
+        # A server may fill a batch up with rows of padding alone.
+        assert network(torch.zeros(2, 5, dtype=torch.int64)).isfinite().all()
+
+
+def test_both_forms_of_attention_give_the_same() -> None:
+    torch.manual_seed(2)
+    network = sentiment.Transformer(TINY).eval()
+    tokens = sentiment.padded([np.arange(4, 30), np.arange(4, 9)])
+    with torch.inference_mode():
+        quick = network(tokens)
+        network.bert.set_attn_implementation("eager")
+        torch.testing.assert_close(network(tokens), quick, atol=1e-5, rtol=0)
+
+
+def test_what_is_asked_is_not_learnt_in_another_guise(folder: Path) -> None:
+    corpus = sentiment.load_corpus(folder, verify=False, holdout=40)
+    learnt = {*corpus.sentences.texts, *corpus.phrases.texts}
+    asked = [*corpus.questions.texts, *corpus.calibration.texts]
+    assert len(corpus.questions) == 40
+    for text in asked:
+        words = text.split()
+        runs = {
+            " ".join(words[start:stop])
+            for start in range(len(words))
+            for stop in range(start + sentiment.PHRASE_WORDS, len(words) + 1)
+        }
+        assert not runs & learnt
+    held_back = {*corpus.long_questions.texts, *corpus.long_calibration.texts}
+    assert not held_back & set(corpus.reviews.texts)
+    assert all(len(text.split()) >= sentiment.LONG_WORDS for text in corpus.long_questions.texts)
+    again = sentiment.load_corpus(folder, verify=False, holdout=40)
+    assert again.questions.sha256 == corpus.questions.sha256
+
+
+def test_a_sentence_is_what_no_longer_text_holds() -> None:
+    texts = ["a good film", "good", "this is a good film .", "good film", "a bad film"]
+    assert sentiment.whole_sentences(texts).tolist() == [False, False, True, False, True]
+
+
+def test_batches_hold_texts_of_one_length_and_no_more_than_they_may() -> None:
+    chance = np.random.default_rng(0)
+    lengths = np.concatenate(
+        [chance.integers(5, 40, 200), chance.integers(3, 9, 300), chance.integers(90, 600, 80)]
+    )
+    lengths = np.minimum(lengths, 512)
+    recipe = sentiment.RECIPES["transformer"]
+    plan = sentiment.plan(lengths, [200, 300, 80], recipe, Settings(epochs=4, batch_size=32))
+    assert len(plan) == 4
+    assert len({len(batches) for batches in plan}) == 1, "as many batches in every epoch"
+    for batches in plan:
+        for batch in batches:
+            assert len(batch) <= 32
+            assert len(batch) * min(lengths[batch].max(), 512) <= recipe.batch_tokens
+        rows = torch.cat(batches).tolist()
+        assert len(set(rows)) == len(rows), "nothing twice in an epoch"
+    shown = torch.cat([torch.cat(batches) for batches in plan])
+    reviews_shown = shown[shown >= 500].bincount(minlength=580)[500:]
+    assert reviews_shown.max() - reviews_shown.min() <= 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        pytest.param(
+            lambda home: (home / "SST-2" / "train.tsv").write_text("sentence\tlabel\ngood 1\n"),
+            "a sentence, a tab and 0 or 1",
+            id="no-tab",
+        ),
+        pytest.param(
+            lambda home: (home / "SST-2" / "train.tsv").write_text("sentence\tlabel\ngood\t7\n"),
+            "a sentence, a tab and 0 or 1",
+            id="a-label-of-seven",
+        ),
+        pytest.param(lambda home: (home / "SST-2" / "dev.tsv").unlink(), "dev.tsv", id="no-dev"),
+        pytest.param(
+            lambda home: (home / "SST-2" / "train.tsv").write_bytes(b"sentence\tlabel\ncaf\xe9\t1\n"),
+            "UTF-8",
+            id="not-utf-8",
+        ),
+        pytest.param(
+            lambda home: shutil.rmtree(home / "aclImdb" / "train" / "pos"),
+            "in pos and in neg",
+            id="no-praise",
+        ),
+        pytest.param(lambda home: shutil.rmtree(home / "aclImdb"), "aclImdb", id="no-reviews"),
+        pytest.param(
+            lambda home: (home / "all-MiniLM-L6-v2" / sentiment.WEIGHTS).write_bytes(b"\0" * 50),
+            "damaged or another network's",
+            id="damaged-weights",
+        ),
+        pytest.param(
+            lambda home: (home / "all-MiniLM-L6-v2" / TOKENIZER).write_text("{}"),
+            "not a tokenizer",
+            id="no-tokenizer",
+        ),
+        pytest.param(lambda home: shutil.rmtree(home / "all-MiniLM-L6-v2"), "MiniLM", id="no-minilm"),
+    ],
+)
+def test_data_in_disorder_are_named_in_a_sentence(
+    spoil: object, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "data"
+    shutil.copytree(folder, home)
+    spoil(home)  # type: ignore[operator]
+    assert train(home, tmp_path / "run", "transformer", "--epochs", "1") == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_holdout_that_leaves_nothing(folder: Path) -> None:
+    with pytest.raises(TrainingError, match="lower --holdout 5000"):
+        sentiment.load_corpus(folder, verify=False, holdout=5_000)
+
+
+def test_texts_of_ones_own_are_not_taken_for_the_published_ones(folder: Path) -> None:
+    with pytest.raises(TrainingError, match="not the published SST-2"):
+        sentiment.load_sst2(folder, "train")
