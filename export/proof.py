@@ -6,6 +6,7 @@ company, and the decision and the score over the whole evaluation set. How close
 close enough depends on the precision alone, never on the model.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "fp32": Tolerance(1e-4, 0.01, 1e-5, 1e-4, 1.0, 1e-4),
     "fp32 stored as fp16": Tolerance(None, 0.01, 1e-5, 0.001, 0.998, 0.01),
     "fp16": Tolerance(None, 0.01, 1e-3, 0.002, 0.995, 0.01),
-    "int8": Tolerance(None, 0.05, 1e-3, 0.005, 0.97, 0.05),
+    "int8": Tolerance(None, 0.1, 1e-3, 0.005, 0.97, 0.05),
 }
 """By precision. A tenth of a point of a score is 0.001."""
 
@@ -209,12 +210,23 @@ def _self_contained(room: Room, network: bytes) -> onnx.ModelProto:
 
 
 def _same_tensors(room: Room, verb: str, found: Sequence[Any], wanted: Sequence[Tensor]) -> None:
-    """Names, order, datatypes and shapes are the room's, and the batch axis is free."""
+    """Names, order, datatypes and shapes are the room's, and what it leaves free is free."""
 
     def described(name: str, datatype: str, shape: Sequence[int | str | None]) -> str:
         return f"{name} {datatype} [{', '.join(str(size) for size in shape)}]"
 
-    there = [described(tensor.name, tensor.type, tensor.shape) for tensor in found]
+    def as_free(shape: Sequence[int | str | None], wanted: Sequence[int]) -> list[int | str | None]:
+        """The shape with -1 where the room leaves a length free and the graph does, whatever its name."""
+        free = [False, *(size < 0 for size in wanted)]
+        if len(free) != len(shape):
+            return list(shape)
+        return [-1 if may and isinstance(size, str) else size for may, size in zip(free, shape, strict=True)]
+
+    shapes = {tensor.name: tensor.shape for tensor in wanted}
+    there = [
+        described(tensor.name, tensor.type, as_free(tensor.shape, shapes.get(tensor.name, ())))
+        for tensor in found
+    ]
     right = [
         described(tensor.name, _RUNTIME_TYPES[tensor.datatype], [BATCH_AXIS, *tensor.shape])
         for tensor in wanted
@@ -332,8 +344,13 @@ def _compare_whole_set(trial: _Trial, candidate: Answers, reference: Answers, be
     same = _same_decisions(trial, beside, found, right)
     scores, wanted_scores = exam.score(found, exam.truth), exam.score(right, exam.truth)
     differences = {name: scores[name] - wanted for name, wanted in wanted_scores.items()}
-    # A score of a part of the examples (`accuracy/cat`) is shown, not judged: a few examples move it.
-    judged = {name: wanted for name, wanted in wanted_scores.items() if "/" not in name}
+    # A score of one label (`accuracy/cat`, `ap50_rbc`) is shown, not judged: a few examples move it.
+    labels = {label.lower() for label in room.labels}
+    judged = {
+        name: wanted
+        for name, wanted in wanted_scores.items()
+        if re.split("[/_]", name)[-1].lower() not in labels
+    }
     for name, wanted in judged.items():
         if not abs(differences[name]) <= trial.tolerance.score * max(1, abs(wanted)):
             raise ProofFailed(

@@ -86,9 +86,12 @@ def test_the_card_says_what_the_contract_asks_for(exported: Path, checkpoint: Pa
     trained = json.loads((checkpoint / "card.json").read_text())
     assert (card["model"], card["version"], card["task"]) == ("digit", "1", DIGIT.task)
     assert card["labels"] == list(DIGIT.labels)
-    assert card["files"] == {
-        "fp32": {"path": "model.onnx", "bytes": len(file), "sha256": hashlib.sha256(file).hexdigest()}
+    assert card["files"]["fp32"] == {
+        "path": "model.onnx",
+        "bytes": len(file),
+        "sha256": hashlib.sha256(file).hexdigest(),
     }
+    assert list(card["files"]) == list(card["scores"]) == ["fp32", "fp16", "int8"]
     assert card["scores"]["fp32"].items() >= trained["scores"].items()
     assert 0 < card["scores"]["fp32"]["expected_calibration_error"] < 1
     assert card["training"] == {**trained["training"], "checkpoint_sha256": trained["weights"]["sha256"]}

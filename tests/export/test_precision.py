@@ -1,6 +1,6 @@
 """fp16 and int8 keep what was proven in fp32, and each way of losing it is caught and named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -11,14 +11,15 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from export.errors import ExportRefused, ProofFailed
+from export.placement import place
 from export.precision import Converted, fp16, int8, stored_small, tempered, unfolded
 from export.proof import RuntimeAnswers, prove
 from export.to_onnx import TorchAnswers, to_onnx
 from service.models.digit import DIGIT
-from service.models.spec import Array
+from service.models.spec import Array, Classification, Room, Sample, Tensor
 from tests.export.test_proof import mix_rows, sabotaged, swap_3_and_8, transpose_pictures, wrong_mean
 from training.calibration import Probabilities
-from training.exam import Exam
+from training.exam import Exam, likeliest
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +235,90 @@ def test_a_temperature_is_taken_in_by_the_last_layer(graph: bytes, exam: Exam) -
     warm = Probabilities(Pixels(), 0.5)
     made = tempered(DIGIT, to_onnx(Probabilities(Pixels()), DIGIT), 0.5)
     assert prove(DIGIT, made, TorchAnswers(warm), exam).largest_difference < 1e-5
+
+
+# ---------------------------------------------------------------- texts
+
+WORDS = 70_000
+
+
+class Reader(nn.Module):
+    """A transformer's parts in pocket size: a large table, a layer norm, products of three axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vectors = nn.Embedding(WORDS, 16)
+        self.norm = nn.LayerNorm(16)
+        self.inner = nn.Linear(16, 64)
+        self.outer = nn.Linear(64, 16)
+        self.answer = nn.Linear(16, 2)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        read = self.norm(self.vectors(tokens))
+        read = read + self.outer(nn.functional.gelu(self.inner(read)))
+        is_word = (tokens != 0).unsqueeze(-1).float()
+        mean = (read * is_word).sum(1) / is_word.sum(1).clamp(min=1)
+        return torch.softmax(4 * self.answer(mean), 1)
+
+
+TEXTS = Room(
+    name="texts",
+    task="Tells two kinds of text apart.",
+    takes="texts",
+    labels=("one", "other"),
+    inputs=(),
+    outputs=(),
+    network_inputs=(Tensor("tokens", "INT64", (-1,)),),
+    network_outputs=(Tensor("probabilities", "FP32", (2,)),),
+    to_tensor=lambda inputs: Sample(()),
+    to_answer=lambda row, sample: Classification((), row[0]),
+    example={},
+)
+
+
+@pytest.fixture(scope="module")
+def reader() -> nn.Module:
+    torch.manual_seed(0)
+    return Reader().eval()
+
+
+@pytest.fixture(scope="module")
+def texts(reader: nn.Module) -> Exam:
+    numbers = np.random.default_rng(0)
+    tokens = np.zeros((120, 40), np.int64)
+    for row in tokens:
+        length = int(numbers.integers(1, 41))
+        row[:length] = numbers.integers(1, WORDS, length)
+    truth = likeliest(TorchAnswers(reader)([tokens]))
+
+    def trim(inputs: Sequence[Array]) -> list[Array]:
+        return [inputs[0][:, : max(1, int((inputs[0] != 0).sum(1).max()))]]
+
+    def surety(outputs: Sequence[Array], truth: Array) -> dict[str, float]:
+        return {"surety": float(outputs[0].max(axis=1).mean())}
+
+    return Exam("texts", (tokens,), truth, likeliest, surety, trim=trim)
+
+
+def test_a_text_reader_keeps_its_answers_in_every_precision(reader: nn.Module, texts: Exam) -> None:
+    network = to_onnx(reader, TEXTS)
+    half, small = fp16(network), int8(network, [])
+    assert small.facts["products_in_8_bits"] == 2
+    assert small.facts["tables_in_8_bits"] == 1
+    assert len(small.network) < 0.35 * len(network)
+    for converted, precision in ((half, "fp16"), (small, "int8")):
+        proof = prove(
+            TEXTS, converted.network, TorchAnswers(reader), texts, precision, rounded=converted.rounded
+        )
+        assert proof.same_decisions > 0.97
+    assert place(half.network).fallbacks == {}
+
+
+def test_a_text_in_eight_bits_does_not_see_the_texts_beside_it(reader: nn.Module, texts: Exam) -> None:
+    small = RuntimeAnswers(TEXTS, int8(to_onnx(reader, TEXTS), []).network)
+    loud = np.full((1, 40), 7, np.int64)
+    for row in range(8):
+        text = texts.inputs[0][row : row + 1]
+        (alone,) = small(texts.trim([text]) if texts.trim else [text])
+        (together,) = small([np.concatenate([text, loud])])
+        np.testing.assert_allclose(together[0], alone[0], atol=1e-5)
