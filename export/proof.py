@@ -276,7 +276,9 @@ def _compare_batches(trial: _Trial, candidate: Answers, reference: Answers) -> f
     """Both networks on batches of each size from all over the set, and on each length; the worst."""
     exam, largest = trial.exam, 0.0
     for size in BATCH_SIZES:
-        for start in np.linspace(0, len(exam) - size, BATCHES_PER_SIZE).astype(int):
+        # Of a small exam no example is asked for twice.
+        batches = min(BATCHES_PER_SIZE, len(exam) // size)
+        for start in np.linspace(0, len(exam) - size, batches).astype(int):
             inputs = exam.batch(slice(start, start + size))
             where = f"{trial.between} on {exam.name}, in batches of {size}"
             largest = max(largest, _compare(trial, where, candidate(inputs), reference(inputs)))
