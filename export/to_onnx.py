@@ -67,6 +67,8 @@ def to_onnx(network: nn.Module, room: Room) -> bytes:
     with warnings.catch_warnings():
         # torch 2.13 copies its own `LeafSpec`, which it has deprecated itself.
         warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)
+        # Two inputs share the batch axis, as they should.
+        warnings.filterwarnings("ignore", r".*The axis name: batch will not be used", UserWarning)
         program = torch.onnx.export(
             network.eval(),
             examples,
