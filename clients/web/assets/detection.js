@@ -3,7 +3,11 @@
 import { make } from "./panel.js";
 import { PicturePanel } from "./picture.js";
 
-const NAMES = { RBC: "red cells", WBC: "white cells", Platelets: "platelets" };
+const NAMES = {
+  RBC: ["red cell", "red cells"],
+  WBC: ["white cell", "white cells"],
+  Platelets: ["platelet", "platelets"],
+};
 const COLOURS = { RBC: "#d1495b", WBC: "#2f6fd0", Platelets: "#b57900" };
 const OTHER = "#3b8f5a";
 
@@ -68,7 +72,8 @@ export class DetectionPanel extends PicturePanel {
     const counts = new Map(Object.keys(NAMES).map((label) => [label, 0]));
     for (const { label } of objects) counts.set(label, (counts.get(label) ?? 0) + 1);
     const items = [...counts].map(([label, count]) => {
-      const item = make("li", "", "", make("b", "", String(count)), make("span", "", NAMES[label] ?? label));
+      const name = NAMES[label]?.[count === 1 ? 0 : 1] ?? label;
+      const item = make("li", "", "", make("b", "", String(count)), make("span", "", name));
       item.style.setProperty("--kind", COLOURS[label] ?? OTHER);
       return item;
     });
