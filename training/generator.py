@@ -1,5 +1,10 @@
 """Draws handwritten digits: a conditional generative adversarial network (Goodfellow et al., 2014).
 
+The digit reader reads 99.77 % of 10,000 pictures as the digit asked for. Their Fréchet distance
+from MNIST's test half is 0.0189 (three other draws: 0.0200 to 0.0217), where as many real training
+digits have 0.0112 (0.0106 to 0.0116). The digit that varies least varies 0.98 times as much as the
+real ones do. 726,305 parameters, six epochs, seed 0, half an hour on half a core of a CPU.
+
 A generator makes a picture from a digit and noise; a critic learns to tell its pictures from
 MNIST's; each gets better by the other. Both are scored by the shipped digit reader
 (`models/digit`), which neither ever learns from: the generator's agreement with the digit asked
