@@ -181,7 +181,7 @@ class Batcher:
 
         Args:
             samples: At least one, all admitted before.
-            deadline: When to give up, on the event loop's clock.
+            deadline: When to give up, by `time.monotonic`.
             priority: Whom it goes before.
 
         Raises:
@@ -278,7 +278,7 @@ class Batcher:
         """The next samples in line, leaving out those whose caller is gone or out of time."""
         if self._length_of is not None:
             return self._take_batch_of_one_length()
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         batch: list[Slot] = []
         for line in self._lines_in_turn():
             while line and len(batch) < self._max_batch:
@@ -295,6 +295,7 @@ class Batcher:
         return batch
 
     def _is_over(self, job: Job, now: float) -> bool:
+        # By a clock that moves: uvloop's own stands still within a turn, and counts milliseconds.
         return job.future.done() or (job.deadline is not None and job.deadline <= now)
 
     def _lines_in_turn(self) -> Sequence[deque[Job]]:
@@ -315,7 +316,7 @@ class Batcher:
         As many as fit: at most `max_batch`, no more than `max_tokens` with their padding, and of
         those at most `LARGEST_WASTE` padding.
         """
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         candidates: list[tuple[int, int, Slot]] = []
         for line in self._lines_in_turn():
             for job in line:

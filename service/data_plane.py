@@ -222,7 +222,7 @@ class DataPlane:
         Args:
             loaded: What `find` gave.
             inputs: One mapping by tensor name for each input.
-            deadline: When to give up, on the event loop's clock; None for never.
+            deadline: When to give up, by `time.monotonic`; None for never.
             priority: Whom it goes before.
 
         Raises:

@@ -271,7 +271,7 @@ class GrpcDoor:
             parameters = _parameters(request)
             seconds, priority = open_inference.wishes(parameters)
             left = [span for span in (seconds, context.time_remaining()) if span is not None]
-            deadline = asyncio.get_running_loop().time() + min(left) if left else None
+            deadline = time.monotonic() + min(left) if left else None
             limit = self._plane.settings.max_inputs
             inputs = await off_the_loop(request.ByteSize(), _inputs, loaded.room, request, parameters, limit)
             answers, _ = await self._plane.predict(loaded, inputs, deadline, priority)

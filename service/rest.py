@@ -340,7 +340,7 @@ class RestDoor:
         parameters = _parameters(head)
         seconds, priority = open_inference.wishes(parameters)
         if seconds is not None:
-            soonest = asyncio.get_running_loop().time() + seconds - (time.perf_counter() - started)
+            soonest = time.monotonic() + seconds - (time.perf_counter() - started)
             deadline = soonest if deadline is None else min(deadline, soonest)
         all_binary = parameters.get("binary_data_output") is True
         wanted = open_inference.wanted_outputs(loaded.room, _asked_outputs(head), is_binary=all_binary)
@@ -399,7 +399,7 @@ def _must_be(request: Request, method: str) -> None:
 
 
 def _deadline(request: Request, started: float) -> float | None:
-    """The caller's deadline on the event loop's clock, if the request names one."""
+    """The caller's deadline by `time.monotonic`, if the request names one."""
     value = request.headers.get(b"quintet-timeout-ms")
     if value is None:
         return None
@@ -410,7 +410,7 @@ def _deadline(request: Request, started: float) -> float | None:
     if not 0 < milliseconds <= 86_400_000:
         raise BadInput("Quintet-Timeout-Ms must be a number of milliseconds above 0, of a day at most.")
     elapsed = time.perf_counter() - started
-    return asyncio.get_running_loop().time() + milliseconds / 1000 - elapsed
+    return time.monotonic() + milliseconds / 1000 - elapsed
 
 
 def _priority(request: Request) -> Priority:
