@@ -104,8 +104,9 @@ class Run:
             "model": self.model,
             "arch": self.arch,
             "holdout": self.holdout,
-            **{name: value for name, value in asdict(settings).items() if name != "device"},
+            # What the command line said comes last: it overrides the recipe.
             **asdict(recipe),
+            **{name: value for name, value in asdict(settings).items() if name != "device"},
         }
 
 
