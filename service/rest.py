@@ -86,7 +86,7 @@ class RestDoor:
         self._models = {f"/{name}": name for name in MODELS}
         self._page = read_page(plane.settings.page)
         self._pages: dict[str, Callable[[Request], Response]] = {
-            **{path: lambda request: self._page[request.path] for path in self._page},
+            **dict.fromkeys(self._page, self._file),
             "/": self._index,
             "/livez": lambda request: text_response("alive\n"),
             "/startupz": self._started,
@@ -171,6 +171,9 @@ class RestDoor:
             await problem_response(error, as_open_inference=False).send(send)
 
     # ---- pages ----
+
+    def _file(self, request: Request) -> Response:
+        return self._page[request.path]
 
     def _index(self, request: Request) -> Response:
         """The page for a browser; for anything else what there is, as JSON."""
