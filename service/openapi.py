@@ -150,12 +150,12 @@ VERSION_PART: Final[Schema] = {
     "schema": {"type": "string", "pattern": "^[1-9][0-9]{0,8}$"},
 }
 
-TIMEOUT: Final[Schema] = {
-    "name": "Quintet-Timeout-Ms",
-    "in": "header",
-    "description": "Milliseconds after which the answer is of no use.",
-    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86_400_000},
-}
+TIMEOUT: Final = (
+    "The header Quintet-Timeout-Ms says after how many milliseconds the answer is of no use: past them "
+    "comes 504, and work that has not started never will."
+)
+"""In words and not among the parameters, or every fuzzer would ask for what can only be refused."""
+
 PRIORITY: Final[Schema] = {
     "name": "Quintet-Priority",
     "in": "header",
@@ -216,7 +216,8 @@ def _people(room: Room) -> Schema:
             "operationId": room.name,
             "tags": ["models"],
             "summary": room.task,
-            "parameters": [*options, TIMEOUT, PRIORITY],
+            "description": TIMEOUT,
+            "parameters": [*options, PRIORITY],
             "requestBody": _body(room),
             "responses": {
                 "200": {"description": "One prediction for each input, in order.", "content": content},
@@ -278,7 +279,7 @@ def _model_paths() -> Schema:
             f"Ask {of}, with tensors in JSON or after it in binary.",
             body=_json(INFERENCE) | binary,
             answer=_json(INFERRED) | binary,
-            parts=[*parts, TIMEOUT],
+            parts=parts,
         )
     return paths
 
