@@ -747,11 +747,8 @@ ALIGNMENT = 4.0
 PLACES_PER_CELL = 10
 BOX_WEIGHT = 5.0
 AVERAGE_DECAY = 0.999
-RESTART_AT = 5 / 9
-"""After this part of the run the learning rate rises again."""
-WARM_UP = 0.1
 CALM_FROM = 0.4
-"""From this part of a cycle on the distortions shrink, towards the pictures that will be seen."""
+"""From this part of the run on the distortions shrink, towards the pictures that will be seen."""
 CALMEST = 0.8
 CLEARLY = 0.05
 """Objects surer than this are compared between two networks."""
@@ -769,29 +766,7 @@ class Recipe:
     weight_decay: float
 
 
-RECIPES = {"cnn": Recipe(54, 8, 2e-3, 0.05)}
-
-
-def cycle(done: int, total: int) -> tuple[int, float]:
-    """Where in the two cycles of a run so many steps of it lead: the cycle, 0 or 1, and its share in 0..1."""
-    restart = round(total * RESTART_AT)
-    if done < restart:
-        return 0, done / restart
-    return 1, (done - restart) / max(1, total - restart)
-
-
-def pace(done: int, total: int) -> float:
-    """The learning rate after so many of all steps, as a share of the recipe's.
-
-    Each cycle warms up and then cools down to nothing along a cosine; the second starts where
-    the first has ended, at half its rate (Loshchilov & Hutter, *SGDR*, 2017).
-    """
-    number, share = cycle(done, total)
-    if share < WARM_UP:
-        height = 0.04 + 0.96 * (1 - np.cos(np.pi * share / WARM_UP)) / 2
-    else:
-        height = (1 + np.cos(np.pi * (share - WARM_UP) / (1 - WARM_UP))) / 2
-    return float(height / 2**number)
+RECIPES = {"cnn": Recipe(30, 8, 2e-3, 0.05)}
 
 
 def train(run: fit.Run) -> dict[str, Any]:
@@ -833,13 +808,14 @@ def train(run: fit.Run) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(
             _groups(network, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.99)
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: pace(done, steps))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, recipe.learning_rate, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
+        )
         finder = fit.Player("detection", network, loss, optimizer, schedule, AVERAGE_DECAY)
 
         def distorted(indices: Tensor, progress: float) -> Batch:
             chance = np.random.default_rng(np.random.randint(2**31))
-            _, share = cycle(round(progress * steps), steps)
-            how = Distortion().calmer(CALMEST * max(0.0, (share - CALM_FROM) / (1 - CALM_FROM)))
+            how = Distortion().calmer(CALMEST * max(0.0, (progress - CALM_FROM) / (1 - CALM_FROM)))
             chosen = [examples[index % len(examples)] for index in indices.tolist()]
             return batch_of([distort(example, how, chance) for example in chosen], device)
 
