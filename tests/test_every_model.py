@@ -10,17 +10,17 @@ import httpx
 import numpy as np
 import pytest
 
-from service.models import MODELS
 from service.models.spec import Room, Tensor
 from service.repository import Repository
 from service.runtime import Network
+from tests.conftest import SHIPPED
 
 from .conftest import MODELS_FOLDER, QuintetServer
 
 MEBIBYTE = 1024 * 1024
 TOLERANCE = 1e-3
 
-every_model = pytest.mark.parametrize("room", MODELS.values(), ids=str)
+every_model = pytest.mark.parametrize("room", SHIPPED.values(), ids=str)
 
 
 def versions_of(room: Room) -> list[Path]:
@@ -59,7 +59,7 @@ def examples(tensor: Tensor, count: int) -> np.ndarray[Any, Any]:
 
 @every_model
 def test_the_room_is_known_by_its_name(room: Room) -> None:
-    assert MODELS[room.name] is room
+    assert SHIPPED[room.name] is room
     assert room.name.isidentifier()
     assert room.name == room.name.lower()
     assert room.task.endswith(".")
@@ -144,7 +144,7 @@ def test_all_that_ships_fits_into_git() -> None:
 
 
 def test_nothing_ships_that_has_no_room() -> None:
-    assert {path.name for path in MODELS_FOLDER.iterdir() if path.is_dir()} <= set(MODELS)
+    assert {path.name for path in MODELS_FOLDER.iterdir() if path.is_dir()} <= set(SHIPPED)
 
 
 # ---- the network ----

@@ -11,9 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.models import MODELS
 from service.models.spec import Room
-from tests.conftest import QuintetServer
+from tests.conftest import SHIPPED, QuintetServer
 
 from .knocking import http_client
 
@@ -68,7 +67,7 @@ def rounded(value: Any) -> Any:
 def test_the_client_gets_from_every_model_what_people_get(
     quintet_server: QuintetServer, http: httpx.Client
 ) -> None:
-    asked = {name: arguments(room) for name, room in MODELS.items()}
+    asked = {name: arguments(room) for name, room in SHIPPED.items()}
     for name, answers in ask(quintet_server, asked).items():
         response = http.post(f"/{name}", json=asked[name])
         assert answers == rounded(response.json()["predictions"]), name
@@ -103,7 +102,7 @@ def test_the_gate_keeps_the_limits(http: httpx.Client) -> None:
     bomb = gzip.compress(b'{"images": ["' + b"A" * (17 * 2**20) + b'"]}')
     packed = {**headers, "Content-Encoding": "gzip"}
     assert http.post("/bentoml/digit", content=bomb, headers=packed).status_code == 413
-    whole = gzip.compress(json.dumps(arguments(MODELS["digit"])).encode())
+    whole = gzip.compress(json.dumps(arguments(SHIPPED["digit"])).encode())
     assert http.post("/bentoml/digit", content=whole, headers=packed).status_code == 200
 
 
@@ -113,7 +112,7 @@ def test_the_page_is_there_and_calls_nobody_outside(http: httpx.Client) -> None:
     assert "swagger" in page.text.lower()
     assert "default-src 'none'" in page.headers["content-security-policy"]
     described = http.get("/bentoml/docs.json").json()
-    assert {f"/bentoml/{name}" for name in MODELS} <= set(described["paths"])
+    assert {f"/bentoml/{name}" for name in SHIPPED} <= set(described["paths"])
     assert http.get("/bentoml").headers["location"] == "/bentoml/"
     assert http.get("/bentoml/static_content/swagger-ui.css").status_code == 200
 
@@ -126,4 +125,4 @@ def test_the_key_is_asked_for_here_too(start_quintet: Any) -> None:
         for path in ("/schema.json", "/bentoml/", "/bentoml/docs.json"):
             assert client.get(path).status_code == 401
             assert client.get(path, headers={"Authorization": "Bearer a key"}).status_code == 200
-        assert client.post("/bentoml/digit", json=arguments(MODELS["digit"])).status_code == 401
+        assert client.post("/bentoml/digit", json=arguments(SHIPPED["digit"])).status_code == 401

@@ -11,10 +11,9 @@ import tritonclient.grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from service.models import MODELS
 from service.proto import grpc_service_pb2 as pb
 from service.version import VERSION
-from tests.conftest import QuintetServer
+from tests.conftest import SHIPPED, QuintetServer
 
 from .knocking import (
     TOLERANCE,
@@ -38,7 +37,7 @@ def test_the_server_is_live_and_ready(grpc_client: GrpcClient) -> None:
     assert grpc_client.call("ServerReady").ready
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SHIPPED)
 def test_every_model_is_ready(grpc_client: GrpcClient, model: str) -> None:
     assert grpc_client.call("ModelReady", pb.ModelReadyRequest(name=model)).ready
     metadata = grpc_client.call("ModelMetadata", pb.ModelMetadataRequest(name=model))
@@ -79,7 +78,7 @@ def test_model_config(grpc_client: GrpcClient, newest: str) -> None:
 
 def test_repository_index(grpc_client: GrpcClient) -> None:
     index = grpc_client.call("RepositoryIndex")
-    assert {entry.name for entry in index.models} == set(MODELS)
+    assert {entry.name for entry in index.models} == set(SHIPPED)
     assert {entry.state for entry in index.models} == {"READY"}
 
 
@@ -103,7 +102,7 @@ def test_several_pictures_keep_their_order(
     answer = grpc_client.call("ModelInfer", picture_request(*pictures))
     rows = floats_in(answer)
     np.testing.assert_allclose(rows, [ask_alone(http, one) for one in pictures], atol=TOLERANCE)
-    assert labels_in(answer) == [MODELS["digit"].labels[row.argmax()] for row in rows]
+    assert labels_in(answer) == [SHIPPED["digit"].labels[row.argmax()] for row in rows]
 
 
 def test_pixels_in_binary(grpc_client: GrpcClient, digit_pngs: Pngs) -> None:
@@ -212,7 +211,7 @@ def test_the_triton_client_sees_the_service(quintet_server: QuintetServer, newes
         assert client.get_model_metadata("digit").name == "digit"
         assert client.get_model_config("digit").config.name == "digit"
         index = client.get_model_repository_index()
-        assert {entry.name for entry in index.models} == set(MODELS)
+        assert {entry.name for entry in index.models} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("compression", [None, "gzip", "deflate"])

@@ -7,11 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
-from service.models import MODELS
 from service.models.spec import Room
-from tests.conftest import QuintetServer
+from tests.conftest import SHIPPED, QuintetServer
 
-every_model = pytest.mark.parametrize("room", MODELS.values(), ids=str)
+every_model = pytest.mark.parametrize("room", SHIPPED.values(), ids=str)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ import pytest
 import tritonclient.http
 import tritonclient.http.aio
 
-from service.models import MODELS
 from service.version import VERSION
-from tests.conftest import QuintetServer
+from tests.conftest import SHIPPED, QuintetServer
 
 from .knocking import (
     INFER,
@@ -74,7 +73,7 @@ def test_a_prediction_is_the_likeliest_label_with_all_probabilities(
 ) -> None:
     (prediction,) = http.post("/digit", content=digit_png).json()["predictions"]
     assert set(prediction) == {"label", "confidence", "probabilities"}
-    assert list(prediction["probabilities"]) == list(MODELS["digit"].labels)
+    assert list(prediction["probabilities"]) == list(SHIPPED["digit"].labels)
     assert sum(prediction["probabilities"].values()) == pytest.approx(1, abs=1e-3)
     assert prediction["confidence"] == max(prediction["probabilities"].values())
     assert prediction["probabilities"][prediction["label"]] == prediction["confidence"]
@@ -235,7 +234,7 @@ def test_the_server_is_live_and_ready(http: httpx.Client) -> None:
     assert http.get("/v2/health/ready").status_code == 200
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SHIPPED)
 def test_every_model_is_ready(http: httpx.Client, model: str) -> None:
     assert http.get(f"/v2/models/{model}/ready").status_code == 200
     for version in http.get(f"/v2/models/{model}").json()["versions"]:
@@ -275,7 +274,7 @@ def test_model_config(http: httpx.Client, newest: str) -> None:
 
 def test_repository_index(http: httpx.Client) -> None:
     index = http.post("/v2/repository/index").json()
-    assert {entry["name"] for entry in index} == set(MODELS)
+    assert {entry["name"] for entry in index} == set(SHIPPED)
     assert {entry["state"] for entry in index} == {"READY"}
 
 
@@ -386,7 +385,7 @@ def test_the_triton_client_sees_the_service(quintet_server: QuintetServer, newes
         assert client.get_server_metadata()["name"] == "quintet"
         assert client.get_model_metadata("digit")["name"] == "digit"
         assert client.get_model_config("digit")["name"] == "digit"
-        assert {entry["name"] for entry in client.get_model_repository_index()} == set(MODELS)
+        assert {entry["name"] for entry in client.get_model_repository_index()} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("is_binary", [True, False], ids=["binary", "json"])

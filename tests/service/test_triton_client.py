@@ -14,13 +14,12 @@ import tritonclient.http
 import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException
 
-from service.models import MODELS
 from service.models.spec import Room, Tensor
-from tests.conftest import QuintetServer
+from tests.conftest import SHIPPED, QuintetServer
 
 TOLERANCE = 1e-3
 
-every_model = pytest.mark.parametrize("room", MODELS.values(), ids=str)
+every_model = pytest.mark.parametrize("room", SHIPPED.values(), ids=str)
 
 
 class Triton:
@@ -146,7 +145,7 @@ def test_a_model_that_is_not_there_is_not_ready(triton: Triton) -> None:
 def test_the_index_lists_every_version(triton: Triton) -> None:
     index = triton.as_json("get_model_repository_index")
     models = index["models"] if triton.is_grpc else index
-    assert {model["name"] for model in models} >= set(MODELS)
+    assert {model["name"] for model in models} >= set(SHIPPED)
     assert all(model["state"] == "READY" for model in models)
 
 
@@ -213,7 +212,7 @@ def test_bodies_may_be_compressed_both_ways(triton: Triton, room: Room, algorith
 
 
 @pytest.mark.parametrize("classes", [1, 3, 100])
-@pytest.mark.parametrize("room", [room for room in MODELS.values() if "probabilities" in {one.name for one in room.outputs}], ids=str)  # fmt: skip # noqa: E501
+@pytest.mark.parametrize("room", [room for room in SHIPPED.values() if "probabilities" in {one.name for one in room.outputs}], ids=str)  # fmt: skip # noqa: E501
 def test_the_likeliest_classes_come_with_their_labels(triton: Triton, room: Room, classes: int) -> None:
     values = triton.infer(room.name, triton.inputs(room)).as_numpy("probabilities")[0]
     outputs = [triton.output("probabilities", classes=classes)]
@@ -227,25 +226,25 @@ def test_the_likeliest_classes_come_with_their_labels(triton: Triton, room: Room
 
 @pytest.mark.parametrize("priority", [0, 1, 2, 3, 17])
 def test_a_request_may_say_how_urgent_it_is(triton: Triton, priority: int) -> None:
-    room = MODELS["digit"]
+    room = SHIPPED["digit"]
     result = triton.infer(room.name, triton.inputs(room), priority=priority, timeout=20_000_000)
     assert result.as_numpy("label") is not None
 
 
 def test_a_time_that_is_too_short_is_not_exceeded(triton: Triton) -> None:
-    room = MODELS["digit"]
+    room = SHIPPED["digit"]
     with pytest.raises(InferenceServerException, match="deadline passed"):
         triton.infer(room.name, triton.inputs(room), timeout=1)
 
 
 def test_texts_cannot_be_ranked(triton: Triton) -> None:
-    room = MODELS["digit"]
+    room = SHIPPED["digit"]
     with pytest.raises(InferenceServerException, match="BYTES"):
         triton.infer(room.name, triton.inputs(room), outputs=[triton.output("label", classes=1)])
 
 
 def test_shared_memory_is_told_to_stay_out(triton: Triton) -> None:
-    room = MODELS["digit"]
+    room = SHIPPED["digit"]
     (sent,) = triton.inputs(room)
     sent.set_shared_memory("region", 100)
     with pytest.raises(InferenceServerException, match="hared memory is not supported"):
@@ -289,7 +288,7 @@ def test_statistics_grow_with_what_is_done(triton: Triton, room: Room) -> None:
 
 
 def test_statistics_of_all_models_come_together(triton: Triton) -> None:
-    assert set(statistics(triton)) == set(MODELS)
+    assert set(statistics(triton)) == set(SHIPPED)
 
 
 # ---- what is not offered says so ----
@@ -372,7 +371,7 @@ def test_a_stream_answers_in_order_and_survives_a_bad_request(
 
 
 async def test_a_stream_for_asyncio_answers_too(quintet_server: QuintetServer) -> None:
-    room = MODELS["digit"]
+    room = SHIPPED["digit"]
     module = tritonclient.grpc.aio
     sent = module.InferInput("image", [1], "BYTES")
     sent.set_data_from_numpy(column(Tensor("image", "BYTES"), room.example, 1))

@@ -87,10 +87,10 @@ def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 def run_of(arch: str, folder: Path, runs: dict[str, Path]) -> Path:
-    """A finished run of three epochs, trained once."""
+    """A finished run of five epochs, trained once."""
     if arch not in runs:
         out = folder.parent / f"run-{arch}"
-        assert train(folder, out, arch, "--epochs", "3") == 0
+        assert train(folder, out, arch, "--epochs", "5") == 0
         runs[arch] = out
     return runs[arch]
 
@@ -135,10 +135,10 @@ def test_a_broken_off_run_goes_on_as_if_nothing_had_happened(
 
     monkeypatch.setattr(sentiment, "loss", breaks)
     half = _steps(folder, arch) * 3 // 2
-    assert train(folder, tmp_path, arch, "--epochs", "3") == 130
+    assert train(folder, tmp_path, arch, "--epochs", "5") == 130
     assert (tmp_path / RESUME_POINT).exists()
     monkeypatch.setattr(sentiment, "loss", usual)
-    assert train(folder, tmp_path, arch, "--epochs", "3", "--resume") == 0
+    assert train(folder, tmp_path, arch, "--epochs", "5", "--resume") == 0
     first, second = (read_checkpoint(out)[0].state_dict() for out in (whole, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -237,10 +237,11 @@ def test_batches_hold_texts_of_one_length_and_no_more_than_they_may() -> None:
     plan = sentiment.plan(lengths, [200, 300, 80], recipe, Settings(epochs=4, batch_size=32))
     assert len(plan) == 4
     assert len({len(batches) for batches in plan}) == 1, "as many batches in every epoch"
-    for batches in plan:
+    for epoch, batches in enumerate(plan, start=1):
+        longest = recipe.limit(epoch / len(plan))
         for batch in batches:
             assert len(batch) <= 32
-            assert len(batch) * min(lengths[batch].max(), 512) <= recipe.batch_tokens
+            assert len(batch) * min(lengths[batch].max(), longest) <= recipe.batch_tokens
         rows = torch.cat(batches).tolist()
         assert len(set(rows)) == len(rows), "nothing twice in an epoch"
     shown = torch.cat([torch.cat(batches) for batches in plan])

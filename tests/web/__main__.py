@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from service.models import MODELS
+from tests.conftest import SHIPPED
 
 from .browser import Browser, start_browser
 from .test_page import SEVEN, verdict
@@ -27,7 +27,7 @@ def ask_everything(page: Browser) -> None:
     page.click("#text-samples button:nth-child(2)")
     page.click("#text-samples button:nth-child(1)")
     page.draw("#pad", SEVEN, touch=False)
-    for model in sorted(set(MODELS) - {"generator"}):
+    for model in sorted(set(SHIPPED) - {"generator"}):
         page.wait(lambda model=model: verdict(page, model) not in ("?", "…", "!"), f"{model} answers")
     time.sleep(1.5)  # the bars come to rest, and the strip counts
     page.run("document.activeElement.blur(); scrollTo(0, 0)")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service.models import MODELS
-from tests.conftest import MODELS_FOLDER, ROOT, QuintetServer, StartQuintet
+from tests.conftest import MODELS_FOLDER, ROOT, SHIPPED, QuintetServer, StartQuintet
 
 from .browser import Browser
 
@@ -146,7 +145,7 @@ def test_cells_are_found_and_boxed(page: Browser) -> None:
 
 @pytest.mark.parametrize("model", ["image", "detection"])
 def test_what_is_no_picture_is_told_kindly(page: Browser, model: str, tmp_path: Path) -> None:
-    if model not in MODELS:
+    if model not in SHIPPED:
         pytest.skip("its room is not there yet")
     (tmp_path / "notes.txt").write_text("no picture")
     page.drop(f"[data-model={model}] [data-drop]", tmp_path / "notes.txt", "text/plain")
@@ -305,8 +304,8 @@ def test_every_control_can_be_reached_by_keyboard(page: Browser) -> None:
         page.press(TAB)
         reached.add(page.run("return document.activeElement.id || document.activeElement.innerText"))
     wanted = {"pad", "pad-undo", "pad-clear", "The request"}
-    if "sentiment" in MODELS:
+    if "sentiment" in SHIPPED:
         wanted.add("text")
-    if "generator" in MODELS:
+    if "generator" in SHIPPED:
         wanted |= {"digits", "seed", "shuffle"}
     assert wanted <= reached
