@@ -13,9 +13,6 @@ from tests.conftest import StartQuintet
 
 from .stand_in import BUSY, GOOD, STARTING, HttpStandIn, Reply
 
-# A connection whose service was killed in the middle is collected, where a living one is closed.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
-
 KINDS = pytest.mark.parametrize("kind", [Client, AsyncClient], ids=["blocking", "async"])
 
 
