@@ -116,13 +116,9 @@ def decode_grey(data: bytes) -> Pixels:
         TooManyPixels: the picture holds more than `MAX_PIXELS`.
     """
     header = read_header(data)
-    if not header.has_alpha:
+    picture = _with_alpha(data, header)
+    if picture is None:
         return _decode(data, header, cv2.IMREAD_GRAYSCALE)
-    picture = _decode(data, header, cv2.IMREAD_UNCHANGED)
-    if picture.ndim == 2 or picture.shape[2] != 4:
-        return _decode(data, header, cv2.IMREAD_GRAYSCALE)
-    if picture.dtype == np.uint16:
-        picture = (picture >> 8).astype(np.uint8)
     grey = cv2.cvtColor(picture[:, :, :3], cv2.COLOR_BGR2GRAY).astype(np.float32)
     alpha = picture[:, :, 3].astype(np.float32) / 255
     total = float(alpha.sum())
@@ -143,16 +139,22 @@ def decode_colour(data: bytes) -> Pixels:
         TooManyPixels: the picture holds more than `MAX_PIXELS`.
     """
     header = read_header(data)
-    if not header.has_alpha:
+    picture = _with_alpha(data, header)
+    if picture is None:
         return _decode(data, header, cv2.IMREAD_COLOR_RGB)
-    picture = _decode(data, header, cv2.IMREAD_UNCHANGED)
-    if picture.ndim == 2 or picture.shape[2] != 4:
-        return _decode(data, header, cv2.IMREAD_COLOR_RGB)
-    if picture.dtype == np.uint16:
-        picture = (picture >> 8).astype(np.uint8)
     alpha = picture[:, :, 3].astype(np.float32) / 255
     colour = cv2.cvtColor(picture, cv2.COLOR_BGRA2RGB)
     return cv2.blendLinear(colour, np.full_like(colour, 255), alpha, 1 - alpha)  # type: ignore[return-value]
+
+
+def _with_alpha(data: bytes, header: Header) -> Pixels | None:
+    """A picture with its transparency, uint8 [height, width, 4], blue first; None where it has none."""
+    if not header.has_alpha:
+        return None
+    picture = _decode(data, header, cv2.IMREAD_UNCHANGED)
+    if picture.ndim == 2 or picture.shape[2] != 4:
+        return None
+    return (picture >> 8).astype(np.uint8) if picture.dtype == np.uint16 else picture
 
 
 def _decode(data: bytes, header: Header, flags: int) -> Pixels:
