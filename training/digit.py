@@ -29,6 +29,9 @@ from training.exam import Exam, classification_scores, likeliest, refuse_other_d
 
 Digits = npt.NDArray[np.uint8]
 
+Half = tuple[Digits, Digits]
+"""Pictures uint8 [n, 28, 28] and their labels uint8 [n]."""
+
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -97,6 +100,25 @@ def _read_idx(content: bytes, axes: int, path: Path) -> Digits:
     if len(content) - header != int(np.prod(shape, dtype=np.int64)):
         raise TrainingError(f"{path} is cut short or too long for the {shape} values that it promises.")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def load_halves(folder: Path | None, holdout: int, *, verify: bool = True) -> tuple[Half, Half]:
+    """The digits to learn from, and those that are never learned from and are scored on.
+
+    Args:
+        folder: The data folder; None for the usual one.
+        holdout: Score on the last so many of MNIST's training half; 0 for its test half.
+        verify: Whether it must be MNIST.
+
+    Raises:
+        TrainingError: the digits cannot be had, or the holdout leaves nothing to learn from.
+    """
+    images, labels = load_mnist(folder, "train", verify=verify)
+    if not holdout:
+        return (images, labels), load_mnist(folder, "test", verify=verify)
+    if holdout >= len(images):
+        raise TrainingError(f"--holdout {holdout} leaves nothing of {len(images)} digits to learn from.")
+    return (images[:-holdout], labels[:-holdout]), (images[-holdout:], labels[-holdout:])
 
 
 # ---------------------------------------------------------------- augmentation
@@ -425,16 +447,7 @@ def train(run: fit.Run) -> dict[str, Any]:
         TrainingError: data, settings or resume point are not in order.
     """
     recipe = RECIPES[run.arch]
-    images, labels = load_mnist(run.data, "train", verify=run.verify)
-    if run.holdout:
-        if run.holdout >= len(images):
-            raise TrainingError(
-                f"--holdout {run.holdout} leaves nothing of {len(images)} digits to learn from."
-            )
-        test_images, test_labels = images[-run.holdout :], labels[-run.holdout :]
-        images, labels = images[: -run.holdout], labels[: -run.holdout]
-    else:
-        test_images, test_labels = load_mnist(run.data, "test", verify=run.verify)
+    (images, labels), (test_images, test_labels) = load_halves(run.data, run.holdout, verify=run.verify)
     settings = fit.Settings(
         epochs=run.epochs or recipe.epochs,
         batch_size=min(run.batch_size or recipe.batch_size, len(images)),

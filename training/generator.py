@@ -34,34 +34,11 @@ from service.models.generator import GENERATOR, LATENT, Picture, contact_sheet, 
 from service.models.spec import Array
 from service.repository import Repository, RepositoryError
 from training import card, data, fit
-from training.digit import Digits, load_mnist
+from training.digit import Digits, load_halves
 from training.errors import TrainingError
 from training.exam import Exam, refuse_other_data
 
 # ---------------------------------------------------------------- data
-
-
-Half = tuple[Digits, Digits]
-"""Pictures uint8 [n, 28, 28] and their labels uint8 [n]."""
-
-
-def load_halves(folder: Path | None, holdout: int, *, verify: bool = True) -> tuple[Half, Half]:
-    """What the generator learns from, and what it never sees and is scored beside.
-
-    Args:
-        folder: The data folder; None for the usual one.
-        holdout: Score beside the last so many of MNIST's training half; 0 for its test half.
-        verify: Whether it must be MNIST.
-
-    Raises:
-        TrainingError: the digits cannot be had, or the holdout leaves nothing to learn from.
-    """
-    images, labels = load_mnist(folder, "train", verify=verify)
-    if not holdout:
-        return (images, labels), load_mnist(folder, "test", verify=verify)
-    if holdout >= len(images):
-        raise TrainingError(f"--holdout {holdout} leaves nothing of {len(images)} digits to learn from.")
-    return (images[:-holdout], labels[:-holdout]), (images[-holdout:], labels[-holdout:])
 
 
 class Batch(NamedTuple):
