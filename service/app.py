@@ -18,12 +18,14 @@ import ssl
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
 import bentoml
 import structlog
+import uvicorn.config
 from _bentoml_sdk.service.factory import Service
 
 from service import bento_face
@@ -31,6 +33,7 @@ from service.commands import Commands
 from service.data_plane import DataPlane, State
 from service.grpc_api import GrpcDoor
 from service.http import Receive, Scope, Send
+from service.http1 import ShortWay
 from service.metrics import Board
 from service.models import MODELS
 from service.providers import Profile, ProviderRefused, profile_of
@@ -172,6 +175,8 @@ class QuintetService(Service[Any]):
         self.house = House(settings)
         rest, bento = self.house.rest, super().to_asgi(is_main)
         gate = bento_face.Gate(self.house.plane, bento)
+        # What uvicorn, which BentoML starts next, takes to speak HTTP.
+        uvicorn.config.HTTP_PROTOCOLS["auto"] = partial(ShortWay, rest)  # type: ignore[assignment]
 
         async def front(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":

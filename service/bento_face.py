@@ -58,7 +58,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one request through, if it may pass."""
-        request = Request(scope, receive)
+        request = Request.of(scope, receive)
         if request.path == PREFIX:
             # The page names its parts relative to itself.
             await Response(307, b"text/plain", b"", ((b"location", PREFIX.encode() + b"/"),)).send(send)

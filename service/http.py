@@ -46,17 +46,25 @@ class CallerGone(Exception):
 class Request:
     """One HTTP request: what its first lines say, and its body when asked for."""
 
-    __slots__ = ("_receive", "asked", "buffered_bytes", "headers", "method", "path", "query")
+    __slots__ = ("asked", "buffered_bytes", "headers", "method", "path", "query", "receive")
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        self.query: bytes = scope["query_string"]
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+    def __init__(
+        self, method: str, path: str, query: bytes, headers: dict[bytes, bytes], receive: Receive
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
         self.buffered_bytes = 0
         self.asked: LoadedModel | None = None
         """The model that is to answer, once it is found: whatever happens then is counted as its."""
-        self._receive = receive
+        self.receive = receive
+
+    @classmethod
+    def of(cls, scope: Scope, receive: Receive) -> "Request":
+        """The request that an ASGI server has put in a scope."""
+        headers = dict(scope["headers"])
+        return cls(scope["method"], scope["path"], scope["query_string"], headers, receive)
 
     def media_type(self) -> tuple[bytes, dict[bytes, bytes]]:
         """The lower-case media type of the body and its parameters; empty where none is said."""
@@ -79,7 +87,7 @@ class Request:
         length = self.headers.get(b"content-length")
         if length is not None and int(length) > limit:
             raise _too_large(limit)
-        message = await self._receive()
+        message = await self.receive()
         body: bytes = self._accept(message, plane)
         if message.get("more_body"):
             body = await self._rest(body, plane, limit)
@@ -96,7 +104,7 @@ class Request:
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while True:
-                    message = await self._receive()
+                    message = await self.receive()
                     chunks.append(self._accept(message, plane))
                     size += len(chunks[-1])
                     if size > limit:
@@ -124,7 +132,7 @@ class Request:
             CallerGone: the caller hung up.
         """
         working = asyncio.ensure_future(work)
-        hanging_up = asyncio.ensure_future(self._receive())
+        hanging_up = asyncio.ensure_future(self.receive())
         try:
             await asyncio.wait((working, hanging_up), return_when=asyncio.FIRST_COMPLETED)
             if not working.done():

@@ -12,6 +12,7 @@ It decodes, asks the data plane, encodes; it decides nothing. Paths:
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import orjson
@@ -32,7 +33,6 @@ from service.errors import (
 )
 from service.http import (
     CallerGone,
-    Message,
     Receive,
     Request,
     Response,
@@ -100,18 +100,48 @@ class RestDoor:
         self._docs = Response(200, b"text/html; charset=utf-8", openapi.page().encode(), security)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, whatever happens."""
-        started = time.perf_counter()
-        request = Request(scope, receive)
+        """Answer one request, as an ASGI application does."""
+        response = await self.answer(Request.of(scope, receive))
+        if response is not None:
+            await response.send(send, close=self.is_closing)
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether connections shall be closed after their answer."""
+        return not self._plane.is_taking
+
+    def takes(self, path: str) -> bool:
+        """Whether `POST` to this path is a question for a model, or another of the protocol's calls."""
+        return path in self._models or path.startswith("/v2/")
+
+    async def answer(self, request: Request) -> Response | None:
+        """The answer to one request, whatever happens; None where its caller has gone."""
         if self._plane.settings.cors_origins:
-            send = self._sending_to_other_origins(request, send)
-            if request.method == "OPTIONS" and b"access-control-request-method" in request.headers:
-                await Response(204, b"text/plain", b"", ALLOWED_FROM_OTHER_ORIGINS).send(send)
-                return
+            return await self._answer_other_origins(request)
         page = self._pages.get(request.path)
-        if page is not None:
-            await self._send_page(request, page, send)
-            return
+        return await self._answer(request) if page is None else self._answer_page(request, page)
+
+    async def _answer_other_origins(self, request: Request) -> Response | None:
+        """The same, and the page of an allowed origin may read it (Fetch, section 3.2)."""
+        if request.method == "OPTIONS" and b"access-control-request-method" in request.headers:
+            response: Response | None = Response(204, b"text/plain", b"", ALLOWED_FROM_OTHER_ORIGINS)
+        else:
+            page = self._pages.get(request.path)
+            response = await self._answer(request) if page is None else self._answer_page(request, page)
+        if response is None:
+            return None
+        origin = request.headers.get(b"origin", b"")
+        allowed = self._plane.settings.cors_origins
+        headers: tuple[tuple[bytes, bytes], ...] = ((b"vary", b"origin"),)
+        if origin and ("*" in allowed or origin.decode("latin-1") in allowed):
+            headers += (
+                (b"access-control-allow-origin", origin),
+                (b"access-control-expose-headers", EXPOSED),
+            )
+        return replace(response, headers=response.headers + headers)
+
+    async def _answer(self, request: Request) -> Response | None:
+        started = time.perf_counter()
         is_machine = request.path == "/v2" or request.path.startswith("/v2/")
         protocol = "open-inference-rest" if is_machine else "rest"
         request_id = _request_id(request)
@@ -127,7 +157,7 @@ class RestDoor:
             failure = error
             response = problem_response(error, as_open_inference=is_machine)
         except CallerGone:
-            return
+            return None
         except Exception:
             failure = InternalError()
             log.exception("a request failed", id=failure.id, path_is_machine=is_machine)
@@ -143,32 +173,13 @@ class RestDoor:
             await _compress(response, accepted, 0 if is_machine else WORTH_COMPRESSING)
         if request_id:
             response.headers += ((REQUEST_ID, request_id.encode()),)
-        await response.send(send, close=not self._plane.is_taking)
+        return response
 
-    def _sending_to_other_origins(self, request: Request, send: Send) -> Send:
-        """`send`, which also lets the page of an allowed origin read the answer (Fetch, section 3.2)."""
-        origin = request.headers.get(b"origin", b"")
-        allowed = self._plane.settings.cors_origins
-        is_allowed = "*" in allowed or origin.decode("latin-1") in allowed
-        more = (
-            [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", EXPOSED)]
-            if origin and is_allowed
-            else []
-        )
-
-        async def send_with_origin(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"vary", b"origin"), *more]
-            await send(message)
-
-        return send_with_origin
-
-    async def _send_page(self, request: Request, page: Callable[[Request], Response], send: Send) -> None:
+    def _answer_page(self, request: Request, page: Callable[[Request], Response]) -> Response:
         if request.method in ("GET", "HEAD"):
-            await page(request).send(send, close=not self._plane.is_taking)
-        else:
-            error = WrongMethod(f"{request.path} answers GET.", allow="GET, HEAD")
-            await problem_response(error, as_open_inference=False).send(send)
+            return page(request)
+        error = WrongMethod(f"{request.path} answers GET.", allow="GET, HEAD")
+        return problem_response(error, as_open_inference=False)
 
     # ---- pages ----
 

@@ -52,6 +52,7 @@ HELD_BY_A_DATA_PLANE = {
     "service.grpc_api",
     "service.data_plane",
     "service.http",
+    "service.http1",
 }
 """Serving itself, which nobody but the service has a use for."""
 
@@ -110,7 +111,7 @@ def test_what_serves_is_the_services_own_business(package: str) -> None:
 
 
 def test_the_batcher_and_the_rooms_know_no_protocol() -> None:
-    protocols = {"grpc", "httptools", "uvicorn", "starlette", "bentoml", "python_multipart", "service.http"}
+    protocols = {"grpc", "httptools", "uvicorn", "starlette", "bentoml", "python_multipart", "service.http", "service.http1"}
     names = ("batcher", "lanes", "loaded_model", "catalogue", "data_plane", "runtime", "repository")
     rooms = (ROOT / "service" / "models").glob("*.py")
     core = [*(f"{name}.py" for name in names), *(f"models/{path.name}" for path in rooms)]

@@ -1,0 +1,279 @@
+"""The short way of HTTP/1.1: the same answers as the long one, whatever comes how.
+
+A real server on a real socket, with a door that says what it was asked.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import pytest
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from service.http import Receive, Request, Response, Scope, Send
+from service.http1 import ShortWay
+
+PATIENCE_SECONDS = 30
+
+
+class Door:
+    """Answers with what it was asked, and notes who went away."""
+
+    def __init__(self) -> None:
+        self.is_closing = False
+        self.short: list[str] = []
+        self.long: list[str] = []
+        self.gone: list[str] = []
+        self.answer_with = b""
+
+    def takes(self, path: str) -> bool:
+        return path.startswith("/short")
+
+    async def answer(self, request: Request) -> Response | None:
+        self.short.append(request.path)
+        body = await self._body(request)
+        if request.path == "/short/slow":
+            assert (await request.receive())["type"] == "http.disconnect"
+            self.gone.append(request.path)
+            return None
+        said = b"%b?%b %b" % (request.path.encode(), request.query, body)
+        return Response(200, b"text/plain", self.answer_with or said, ((b"way", b"short"),))
+
+    async def application(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request.of(scope, receive)
+        self.long.append(request.path)
+        said = b"%b?%b %b" % (request.path.encode(), request.query, await self._body(request))
+        await Response(200, b"text/plain", self.answer_with or said, ((b"way", b"long"),)).send(send)
+
+    async def _body(self, request: Request) -> bytes:
+        body, more = b"", True
+        while more:
+            message = await request.receive()
+            body += message["body"]
+            more = message.get("more_body", False)
+        return body
+
+
+@asynccontextmanager
+async def serving(door: Door, keep_alive: float = 30.0) -> AsyncIterator[int]:
+    """A server for the block; its port."""
+    config = Config(
+        door.application, log_config=None, timeout_keep_alive=keep_alive, lifespan="off", interface="asgi3"
+    )  # type: ignore[arg-type]
+    config.load()
+    state = ServerState()
+    state.default_headers = [(b"date", b"today")]
+    loop = asyncio.get_running_loop()
+    make = partial(ShortWay, door, config=config, server_state=state, app_state={})
+    server = await loop.create_server(make, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for connection in list(state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def connected(
+    port: int, **options: int
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection for the block."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, **options)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def request(path: str, body: bytes = b"", *lines: str, method: str = "POST") -> bytes:
+    """A request as it travels."""
+    head = "\r\n".join([f"{method} {path} HTTP/1.1", "host: here", f"content-length: {len(body)}", *lines])
+    return head.encode() + b"\r\n\r\n" + body
+
+
+async def read_answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """The head and the body of the next answer."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        head = await reader.readuntil(b"\r\n\r\n")
+        found = re.search(rb"content-length: (\d+)", head)
+        assert found, head
+        return head, await reader.readexactly(int(found[1]))
+
+
+async def exchange(port: int, sent: bytes, answers: int = 1) -> list[tuple[bytes, bytes]]:
+    """Send bytes at once on a fresh connection, and read so many answers."""
+    async with connected(port) as (reader, writer):
+        writer.write(sent)
+        return [await read_answer(reader) for _ in range(answers)]
+
+
+def test_a_short_request_has_its_answer_in_one_piece() -> None:
+    async def check() -> None:
+        door = Door()
+        async with serving(door) as port:
+            ((head, body),) = await exchange(port, request("/short/one?a=1", b"hello"))
+        assert body == b"/short/one?a=1 hello"
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"date: today\r\n" in head
+        assert b"content-type: text/plain\r\n" in head
+        assert b"way: short\r\n" in head
+        assert door.long == []
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(request("/other", b"hello"), id="a path that is not the door's"),
+        pytest.param(request("/short", b"", method="GET"), id="another method"),
+        pytest.param(request("/short%20", b"hello"), id="an escaped path"),
+        pytest.param(request("/short", bytes(65_537)), id="a long body"),
+        pytest.param(
+            b"POST /short HTTP/1.1\r\nhost: here\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+            id="a body in chunks",
+        ),
+        pytest.param(b"POST /short HTTP/1.0\r\ncontent-length: 2\r\n\r\nhi", id="an old version of HTTP"),
+        pytest.param(b"POST http://here/short HTTP/1.1\r\nhost: here\r\n\r\n", id="a whole address"),
+    ],
+)
+def test_everything_else_goes_the_long_way(sent: bytes) -> None:
+    async def check() -> None:
+        door = Door()
+        async with serving(door) as port:
+            ((head, _),) = await exchange(port, sent)
+        assert b"way: long\r\n" in head
+        assert (door.short, len(door.long)) == ([], 1)
+
+    asyncio.run(check())
+
+
+def test_a_body_that_is_waited_for_is_asked_for() -> None:
+    async def check() -> None:
+        door = Door()
+        async with serving(door) as port, connected(port) as (reader, writer):
+            writer.write(
+                b"POST /short HTTP/1.1\r\nhost: here\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n"
+            )
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(b"hi")
+            assert (await read_answer(reader))[1] == b"/short? hi"
+
+    asyncio.run(check())
+
+
+def test_a_request_may_come_byte_by_byte_and_the_connection_serves_on() -> None:
+    async def check() -> None:
+        door = Door()
+        async with serving(door) as port, connected(port) as (reader, writer):
+            for turn in range(3):
+                for byte in request(f"/short/{turn}", b"hello"):
+                    writer.write(bytes([byte]))
+                    await asyncio.sleep(0)
+                assert (await read_answer(reader))[1] == b"/short/%d? hello" % turn
+
+    asyncio.run(check())
+
+
+def test_requests_sent_ahead_are_answered_in_their_order_whichever_way_they_go() -> None:
+    async def check() -> None:
+        door = Door()
+        paths = ["/short/a", "/short/b", "/other/c", "/short/d", "/other/e", "/other/f", "/short/g"]
+        async with serving(door) as port:
+            answers = await exchange(port, b"".join(request(path, b"x") for path in paths), len(paths))
+        assert [body for _, body in answers] == [f"{path}? x".encode() for path in paths]
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("door_closes", [False, True], ids=["the caller asks for it", "the door closes"])
+def test_the_connection_is_closed_after_the_answer_when(door_closes: bool) -> None:
+    async def check() -> None:
+        door = Door()
+        door.is_closing = door_closes
+        async with serving(door) as port, connected(port) as (reader, writer):
+            writer.write(request("/short", b"x", *([] if door_closes else ["connection: close"])))
+            head, _ = await read_answer(reader)
+            assert b"connection: close\r\n" in head
+            assert await asyncio.wait_for(reader.read(), PATIENCE_SECONDS) == b""
+
+    asyncio.run(check())
+
+
+def test_a_caller_who_hangs_up_is_noticed() -> None:
+    async def check() -> None:
+        door = Door()
+        async with serving(door) as port, connected(port) as (_, writer):
+            writer.write(request("/short/slow", b"x"))
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while not door.short:
+                    await asyncio.sleep(0.01)
+                writer.close()
+                while not door.gone:
+                    await asyncio.sleep(0.01)
+
+    asyncio.run(check())
+
+
+def test_an_idle_connection_is_closed_and_a_busy_one_is_not() -> None:
+    async def check() -> None:
+        door = Door()
+        async with serving(door, keep_alive=0.5) as port, connected(port) as (reader, writer):
+            for _ in range(8):
+                writer.write(request("/short", b"x"))
+                await read_answer(reader)
+                await asyncio.sleep(0.1)
+            assert await asyncio.wait_for(reader.read(), PATIENCE_SECONDS) == b""
+
+    asyncio.run(check())
+
+
+def test_a_caller_who_reads_slowly_gets_all_and_fills_no_memory() -> None:
+    async def check() -> None:
+        door = Door()
+        door.answer_with = bytes(1 << 20)
+        async with serving(door) as port, connected(port, limit=1 << 16) as (reader, writer):
+            for _ in range(20):
+                writer.write(request("/short", b"x"))
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while not door.short:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.5)
+            # Kept waiting by what the caller has not read, the server goes no further.
+            assert len(door.short) + len(door.long) < 20
+            for _ in range(20):
+                assert len((await read_answer(reader))[1]) == len(door.answer_with)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(b"POST /short HTTP/1.1\r\ncontent-length: -1\r\n\r\n", id="a length below nothing"),
+        pytest.param(
+            b"POST /short HTTP/1.1\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nhi!", id="two lengths"
+        ),
+        pytest.param(
+            b"POST /short HTTP/1.1\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\nhi",
+            id="length and chunks",
+        ),
+        pytest.param(b"\x16\x03\x01\x02\x00\x01\x00", id="another protocol"),
+    ],
+)
+def test_what_is_not_http_is_refused(sent: bytes) -> None:
+    async def check() -> None:
+        door = Door()
+        async with serving(door) as port:
+            ((head, _),) = await exchange(port, sent)
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert (door.short, door.long) == ([], [])
+
+    asyncio.run(check())
