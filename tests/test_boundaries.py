@@ -111,7 +111,16 @@ def test_what_serves_is_the_services_own_business(package: str) -> None:
 
 
 def test_the_batcher_and_the_rooms_know_no_protocol() -> None:
-    protocols = {"grpc", "httptools", "uvicorn", "starlette", "bentoml", "python_multipart", "service.http", "service.http1"}
+    protocols = {
+        "grpc",
+        "httptools",
+        "uvicorn",
+        "starlette",
+        "bentoml",
+        "python_multipart",
+        "service.http",
+        "service.http1",
+    }
     names = ("batcher", "lanes", "loaded_model", "catalogue", "data_plane", "runtime", "repository")
     rooms = (ROOT / "service" / "models").glob("*.py")
     core = [*(f"{name}.py" for name in names), *(f"models/{path.name}" for path in rooms)]

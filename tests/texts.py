@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -77,3 +78,22 @@ def reviews(count: int, sentences: int, seed: int = 1) -> list[tuple[str, int]]:
         chosen = chance.sample([text for text, said in stock if said == label], sentences)
         found.append((".<br /><br />".join(chosen) + ".", label))
     return found
+
+
+def write_texts(home: Path) -> None:
+    """SST-2, IMDB's train half and MiniLM's tokenizer, all small, in their publishers' layouts."""
+    treebank = home / "SST-2"
+    treebank.mkdir()
+    sentences = opinions(360)
+    phrases = [(" ".join(text.split()[:4]), label) for text, label in sentences[60:]]
+    for name, rows in (("train", [*sentences[60:], *dict(phrases).items()]), ("dev", sentences[:60])):
+        lines = [f"{text} \t{label}" for text, label in rows]
+        (treebank / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines, ""]))
+    for name in ("neg", "pos"):
+        (home / "aclImdb" / "train" / name).mkdir(parents=True)
+    for number, (text, label) in enumerate(reviews(96, sentences=26)):
+        path = home / "aclImdb" / "train" / ("neg", "pos")[label] / f"{number}_{9 if label else 2}.txt"
+        path.write_text(text)
+    minilm = home / "all-MiniLM-L6-v2"
+    minilm.mkdir()
+    (minilm / "tokenizer.json").write_bytes(tokenizer_file())

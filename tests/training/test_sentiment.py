@@ -20,7 +20,7 @@ from training.card import read_assets, read_checkpoint
 from training.errors import TrainingError
 from training.fit import RESUME_POINT, Settings
 
-from ..texts import opinions, reviews, tokenizer_file, vocabulary_size
+from ..texts import tokenizer_file, vocabulary_size, write_texts
 
 TINY = BertConfig(
     vocab_size=vocabulary_size(),
@@ -53,24 +53,10 @@ def pocket_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with three small data sets in their publishers' layouts."""
     home = tmp_path_factory.mktemp("texts")
-    treebank = home / "SST-2"
-    treebank.mkdir()
-    sentences = opinions(360)
-    phrases = [(" ".join(text.split()[:4]), label) for text, label in sentences[60:]]
-    for name, rows in (("train", [*sentences[60:], *dict(phrases).items()]), ("dev", sentences[:60])):
-        lines = [f"{text} \t{label}" for text, label in rows]
-        (treebank / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines, ""]))
-    for name in ("neg", "pos"):
-        (home / "aclImdb" / "train" / name).mkdir(parents=True)
-    for number, (text, label) in enumerate(reviews(96, sentences=26)):
-        path = home / "aclImdb" / "train" / ("neg", "pos")[label] / f"{number}_{9 if label else 2}.txt"
-        path.write_text(text)
-    minilm = home / "all-MiniLM-L6-v2"
-    minilm.mkdir()
-    (minilm / TOKENIZER).write_bytes(tokenizer_file())
+    write_texts(home)
     torch.manual_seed(0)
     weights = BertModel(TINY).state_dict()
-    safetensors.torch.save_file(weights, minilm / sentiment.WEIGHTS)
+    safetensors.torch.save_file(weights, home / "all-MiniLM-L6-v2" / sentiment.WEIGHTS)
     return home
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cells import write_slides
+from tests.texts import write_texts
 
 from .conftest import ROOT
 
@@ -30,6 +31,13 @@ def losses(processes: int, environment: dict[str, str], *options: str | Path) ->
 
 
 @pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    write_texts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slides")
     write_slides(folder, {"train": 8, "val": 2})
@@ -37,25 +45,26 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("model", "batch_size", "tolerance"),
+    ("options", "tolerance"),
     [
-        pytest.param("generator", "70", 0.25, id="generator"),
-        pytest.param("detection", "4", 0.25, id="detection"),
+        pytest.param(("sentiment", "--arch", "gru", "--batch-size", "8"), 0.05, id="sentiment"),
+        pytest.param(("generator", "--batch-size", "70"), 0.25, id="generator"),
+        pytest.param(("detection", "--batch-size", "4"), 0.25, id="detection"),
     ],
 )
 def test_two_processes_agree_with_one(
-    model: str,
-    batch_size: str,
+    options: tuple[str, ...],
     tolerance: float,
     slides: Path,
+    texts: Path,
     environment: dict[str, str],
     tmp_path: Path,
 ) -> None:
     """Each process draws its own distortions and noise, and normalises by its own half of a batch."""
-    if model == "detection":
-        environment = {**environment, "QUINTET_DATA": str(slides)}
+    folder = {"detection": slides, "sentiment": texts}.get(options[0])
+    if folder is not None:
+        environment = {**environment, "QUINTET_DATA": str(folder)}
     one, two = (
-        losses(processes, environment, model, "--batch-size", batch_size, "--out", tmp_path / str(processes))
-        for processes in (1, 2)
+        losses(processes, environment, *options, "--out", tmp_path / str(processes)) for processes in (1, 2)
     )
     assert two == pytest.approx(one, rel=tolerance)
