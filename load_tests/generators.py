@@ -1,18 +1,21 @@
-"""Load from outside Python: `wrk` for HTTP/1.1, `h2load` for gRPC; and single requests, to check answers."""
+"""Load: `wrk` for HTTP/1.1, `h2load` for gRPC, our own programs where no tool fits; and single requests."""
 
 import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import httpx
+import orjson
+from quintet_client import Classification, Client, QuintetError
 
-from load_tests.payloads import Payload
+from load_tests.payloads import FRAME, Payload, framed, unframed
 from load_tests.scenarios import HOST
 from load_tests.servers import Running
 
@@ -21,11 +24,11 @@ PACKAGES: Final = {"wrk": "wrk", "h2load": "nghttp2-client"}
 
 SCRIPT: Final = Path(__file__).with_name("post.lua")
 
-FRAME: Final = 5
-"""Bytes that gRPC puts before a message."""
-
 ANSWER_SECONDS: Final = 10
 """An answer that takes longer counts as an error."""
+
+NO_ANSWER: Final = (httpx.HTTPError, grpc.RpcError, QuintetError, OSError)
+"""What `ask` raises where there is no good answer."""
 
 
 class ProgramMissing(Exception):
@@ -37,10 +40,16 @@ class Load:
     """What a load generator saw: how many answers, how fast, and what was wrong with them."""
 
     requests: int
-    requests_per_second: float
+    seconds: float
     p50_ms: float
+    p95_ms: float
     p99_ms: float
     problems: tuple[str, ...] = ()
+
+    @property
+    def requests_per_second(self) -> float:
+        """Answers that came back."""
+        return self.requests / self.seconds
 
 
 def require(program: str) -> str:
@@ -63,42 +72,83 @@ def version(program: str) -> str:
     return found[0] if found else "unknown"
 
 
-def ask(running: Running, payload: Payload) -> bytes:
+def ask(running: Running, payload: Payload, number: int = 0) -> bytes:
     """Send one request; the body of its answer.
 
+    Args:
+        running: The server.
+        payload: What to send.
+        number: Which of its requests.
+
     Raises:
-        httpx.HTTPError, grpc.RpcError: there is no good answer.
+        httpx.HTTPError, grpc.RpcError, QuintetError, OSError: there is no good answer.
     """
+    body = payload.bodies[number]
     if payload.protocol == "http":
         answer = httpx.post(
             f"http://{HOST}:{running.port}{payload.path}",
-            content=payload.body,
+            content=body,
             headers=payload.headers,
             timeout=ANSWER_SECONDS,
             trust_env=False,
         )
         return answer.raise_for_status().content
+    if payload.protocol == "client":
+        with Client(client_url(payload, running), retries=0, timeout=ANSWER_SECONDS) as quintet:
+            read: Classification = quintet.digit(body)
+            return orjson.dumps([read.probabilities[label] for label in sorted(read.probabilities)])
     with grpc.insecure_channel(f"{HOST}:{running.grpc_port}", [("grpc.enable_http_proxy", 0)]) as channel:
-        # The frame is for h2load to send; gRPC's own client puts one around the message.
-        message: bytes = channel.unary_unary(payload.path)(payload.body[FRAME:], timeout=ANSWER_SECONDS)
-        return message
+        # The frames are for h2load to send; gRPC's own client puts them around messages itself.
+        messages = unframed(body)
+        if len(messages) == 1:
+            message: bytes = channel.unary_unary(payload.path)(messages[0], timeout=ANSWER_SECONDS)
+            return message
+        return framed(list(channel.stream_stream(payload.path)(iter(messages), timeout=ANSWER_SECONDS)))
+
+
+def client_url(payload: Payload, running: Running) -> str:
+    """Where our Python client asks, over the protocol that the payload says."""
+    return f"{payload.path}://{HOST}:{running.grpc_port if payload.path == 'grpc' else running.port}"
 
 
 def replay(running: Running, payload: Payload, seconds: float, connections: int, scratch: Path) -> Load:
-    """Send `payload` over and over, on as many connections, each waiting for its answer before the next.
+    """Send a payload over and over, on as many connections, each waiting for its answer before the next.
 
     Args:
         running: The server.
         payload: What to send.
         seconds: For how long; whole seconds.
         connections: How many at a time.
-        scratch: A folder for the load generator's files.
+        scratch: A folder for the load generator's files, its own.
     """
-    body = scratch / "body"
-    body.write_bytes(payload.body)
-    if payload.protocol == "http":
-        return _wrk(running, payload, body, seconds, connections)
-    return _h2load(running, payload, body, seconds, connections)
+    files = _bodies(payload, scratch)
+    if payload.protocol == "grpc":
+        return _h2load(running, payload, files[0], seconds, connections)
+    if payload.protocol == "client":
+        options = [client_url(payload, running), str(seconds), str(connections)]
+        return _program("client_load", [*options, *map(str, files)], seconds)
+    options = ["-t1", f"-c{connections}", f"-d{seconds:.0f}s", f"--timeout={ANSWER_SECONDS}s", f"-s{SCRIPT}"]
+    for name, value in payload.headers.items():
+        options += ["-H", f"{name}: {value}"]
+    url = f"http://{HOST}:{running.port}{payload.path}"
+    return _read(_run([require("wrk"), *options, url, "--", *map(str, files)], seconds))
+
+
+def arrive(running: Running, payload: Payload, seconds: float, rate: float, scratch: Path) -> Load:
+    """Send a payload at random moments, so many a second, whatever has become of those before."""
+    options = [f"--port={running.port}", f"--rate={rate}", f"--seconds={seconds}", f"--path={payload.path}"]
+    for name, value in payload.headers.items():
+        options.append(f"--header={name}: {value}")
+    return _program("open_loop", [*options, *map(str, _bodies(payload, scratch))], seconds)
+
+
+def _bodies(payload: Payload, scratch: Path) -> list[Path]:
+    scratch.mkdir(exist_ok=True)
+    files = []
+    for number, body in enumerate(payload.bodies):
+        files.append(scratch / f"body-{number}")
+        files[-1].write_bytes(body)
+    return files
 
 
 def _run(command: list[str], seconds: float) -> str:
@@ -106,24 +156,23 @@ def _run(command: list[str], seconds: float) -> str:
         command, capture_output=True, text=True, timeout=seconds + 60, check=False, start_new_session=True
     )
     if done.returncode:
-        raise RuntimeError(f"{command[0]} failed:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{Path(command[0]).name} failed:\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
-def _wrk(running: Running, payload: Payload, body: Path, seconds: float, connections: int) -> Load:
-    options = ["-t1", f"-c{connections}", f"-d{seconds:.0f}s", f"--timeout={ANSWER_SECONDS}s", f"-s{SCRIPT}"]
-    for name, value in payload.headers.items():
-        options += ["-H", f"{name}: {value}"]
-    url = f"http://{HOST}:{running.port}{payload.path}"
-    output = _run([require("wrk"), *options, url, "--", str(body)], seconds)
-    seen = json.loads(output.splitlines()[-1])
+def _program(module: str, options: list[str], seconds: float) -> Load:
+    """One of our own load programs, which end as `post.lua` does."""
+    return _read(_run([sys.executable, "-m", f"load_tests.{module}", *options], seconds))
+
+
+def _read(output: str) -> Load:
+    seen: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     problems = []
-    if seen["not_ok"]:
-        problems.append(f"{seen['not_ok']} answers were not 2xx")
-    if seen["socket_errors"]:
-        problems.append(f"{seen['socket_errors']} socket errors")
-    rate = seen["requests"] / seen["microseconds"] * 1e6
-    return Load(seen["requests"], rate, seen["p50"] / 1000, seen["p99"] / 1000, tuple(problems))
+    if not_ok := seen.pop("not_ok"):
+        problems.append(f"{not_ok} answers were not 2xx")
+    if errors := seen.pop("socket_errors"):
+        problems.append(f"{errors} socket errors")
+    return Load(**seen, problems=tuple(problems))
 
 
 def _h2load(running: Running, payload: Payload, body: Path, seconds: float, connections: int) -> Load:
@@ -134,18 +183,18 @@ def _h2load(running: Running, payload: Payload, body: Path, seconds: float, conn
         options += ["-H", f"{name}: {value}"]
     url = f"http://{HOST}:{running.grpc_port}{payload.path}"
     output = _run([require("h2load"), *options, url], seconds)
-    rate = _number(r"finished in \S+, ([\d.]+) req/s", output)
     requests = int(_number(r"(\d+) done", output))
     bad = requests - int(_number(r"(\d+) 2xx", output))
     # Of gRPC's own errors HTTP/2 knows nothing: their status is 200, but they carry no message.
-    expected = (FRAME + len(ask(running, payload))) * requests
+    answer = ask(running, payload)
+    expected = (len(answer) + (FRAME if payload.inputs == 1 else 0)) * requests
     data = int(_number(r"\((\d+)\) data", output))
     problems = [f"{bad} answers were not 2xx"] if bad else []
     if abs(data - expected) > 0.01 * expected:
         problems.append(f"{data} bytes of messages where {expected} were due")
     durations = [int(line.split("\t")[2]) / 1000 for line in log.read_text().splitlines()]
     shares = quantiles(durations, n=100)
-    return Load(requests, rate, shares[49], shares[98], tuple(problems))
+    return Load(requests, seconds, shares[49], shares[94], shares[98], tuple(problems))
 
 
 def _number(pattern: str, text: str) -> float:

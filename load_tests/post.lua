@@ -1,15 +1,25 @@
--- Posts the file named after `--` again and again; ends with one line of JSON for load_tests/generators.py.
+-- Posts the files named after `--` by turns, again and again; ends with one line of JSON for load_tests/generators.py.
+local requests, turn = {}, 0
+
 function init(arguments)
-  local file = assert(io.open(arguments[1], "rb"))
   wrk.method = "POST"
-  wrk.body = file:read("*a")
-  file:close()
+  for number, path in ipairs(arguments) do
+    local file = assert(io.open(path, "rb"))
+    requests[number] = wrk.format(nil, nil, nil, file:read("*a"))
+    file:close()
+  end
+end
+
+function request()
+  turn = turn % #requests + 1
+  return requests[turn]
 end
 
 function done(summary, latency, requests)
   local errors = summary.errors
   io.write(string.format(
-    '\n{"requests": %d, "microseconds": %d, "p50": %d, "p99": %d, "not_ok": %d, "socket_errors": %d}\n',
-    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
+    '\n{"requests": %d, "seconds": %f, "p50_ms": %f, "p95_ms": %f, "p99_ms": %f, "not_ok": %d, "socket_errors": %d}\n',
+    summary.requests, summary.duration / 1e6,
+    latency:percentile(50) / 1e3, latency:percentile(95) / 1e3, latency:percentile(99) / 1e3,
     errors.status, errors.connect + errors.read + errors.write + errors.timeout))
 end

@@ -1,12 +1,12 @@
-"""What a run found: medians with their ranges, ratios within rounds, targets met or missed."""
+"""What a section of a run found: a table, verdicts, a plot, and every single measurement as JSON."""
 
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +17,20 @@ from rich.console import Console
 from rich.table import Table
 
 from load_tests import generators
-from load_tests.scenarios import Scenario, Target, beside
+from load_tests.claims import Verdict
+from load_tests.measurement import (
+    WIDEST_SPREAD,
+    Measurement,
+    Results,
+    Spread,
+    by_round,
+    is_valid,
+    rate,
+    spread_of_last,
+)
+from load_tests.scenarios import Scenario, Section
 from load_tests.servers import ROOT
-from service.models.digit import DIGIT
+from service.models import MODELS
 from service.providers import profile_of
 from service.repository import Repository
 from service.settings import Settings
@@ -30,123 +41,65 @@ BUSY_CORES: Final = 0.1
 """Above this, something else than the test kept the machine busy, and the figures are noisy."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One scenario in one round.
+@dataclass
+class Outcome:
+    """A section after its rounds.
 
     Attributes:
-        requests_per_second: Answers that came back.
-        p50_ms, p99_ms: How long half, and 99 of 100 of them, took at the most.
-        cpu_us: Processor time of all the server's processes for one answer, in microseconds.
-        busiest_share: The part of that time that the busiest process used.
-        other_cores: Cores kept busy by neither server nor load generator.
-        problems: Why this does not count; empty if it does.
+        section: What was to be measured.
+        results: What was, by row.
+        absent: Why a row was not measured at all, by row.
+        notes: More about single rows, for the table.
     """
 
-    requests_per_second: float
-    p50_ms: float
-    p99_ms: float
-    cpu_us: float
-    busiest_share: float
-    other_cores: float
-    problems: tuple[str, ...] = ()
+    section: Section
+    results: Results
+    absent: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
+    def verdicts(self) -> list[Verdict]:
+        """What became of the section's claims."""
+        return [claim.judge(self.results) for claim in self.section.claims]
 
-@dataclass(frozen=True)
-class Spread:
-    """The median of several rounds, with the least and the most."""
+    def unsteady(self) -> dict[str, float]:
+        """The rows whose last rounds lie too far apart, and how far; those that were given up count not."""
+        most = max((len(rounds) for rounds in self.results.values()), default=0)
+        spreads = {
+            name: spread_of_last(rounds)
+            for name, rounds in self.results.items()
+            if is_valid(rounds) and len(rounds) == most and most > 1
+        }
+        return {name: spread for name, spread in spreads.items() if spread > WIDEST_SPREAD}
 
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of at least one value."""
-        return cls(median(values), min(values), max(values))
-
-    def text(self, form: str) -> str:
-        """`median (least-most)`, each in the format `form`."""
-        if self.least == self.most:
-            return format(self.median, form)
-        return f"{self.median:{form}} ({self.least:{form}}-{self.most:{form}})"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One target, and what became of it; `ratio` is None where it was not measured."""
-
-    target: Target
-    peer: str
-    ratio: Spread | None
-
-    @property
-    def is_met(self) -> bool:
-        """Whether the median of the rounds reaches the target."""
-        return self.ratio is not None and self.ratio.median >= self.target.at_least
-
-    def __str__(self) -> str:
-        """The target in a line."""
-        claim = f"{self.target.ours} at least {self.target.at_least:g} times {self.peer}"
-        if self.ratio is None:
-            return f"NOT MEASURED: {claim}"
-        return f"{'PASS' if self.is_met else 'FAIL'}: {claim}: {self.ratio.text('.2f')}"
-
-
-Results = dict[str, list[Measurement]]
-
-
-def is_valid(rounds: Sequence[Measurement]) -> bool:
-    """Whether a row was measured, without problems."""
-    return bool(rounds) and not any(one.problems for one in rounds)
-
-
-def _rate(one: Measurement) -> float:
-    return one.requests_per_second
-
-
-def ratio(
-    results: Results, ours: str, peer: str, of: Callable[[Measurement], float] = _rate
-) -> Spread | None:
-    """How many times `peer`'s figure ours is, round by round: a round's two figures saw the same machine."""
-    mine, theirs = results.get(ours, []), results.get(peer, [])
-    if not is_valid(mine) or not is_valid(theirs):
-        return None
-    return Spread.of([of(one) / of(other) for one, other in zip(mine, theirs, strict=True)])
-
-
-def judge(results: Results, targets: Sequence[Target]) -> list[Verdict]:
-    """Hold the results against the targets, each against the best of its peers."""
-    verdicts = []
-    for target in targets:
-        valid = [peer for peer in target.peers if is_valid(results.get(peer, []))]
-        if not valid:
-            verdicts.append(Verdict(target, target.peers[0] if target.peers else "its peer", None))
-            continue
-        best = max(valid, key=lambda peer: median(map(_rate, results[peer])))
-        verdicts.append(Verdict(target, best, ratio(results, target.ours, best)))
-    return verdicts
+    def invalid(self) -> list[str]:
+        """The rows with wrong answers or errors."""
+        return [name for name, rounds in self.results.items() if rounds and not is_valid(rounds)]
 
 
 def surroundings(models: Path) -> dict[str, Any]:
-    """What the figures depend on: machine, versions, network, commit; no names of hosts or folders."""
-    files = Repository(models).open(DIGIT.name, None, profile_of(Settings()).variants)
+    """What the figures depend on: machine, versions, networks, commit; no names of hosts or folders."""
+    repository = Repository(models)
+    networks = {}
+    for model in sorted(set(repository.models()) & set(MODELS)):
+        files = repository.open(model, None, profile_of(Settings()).variants)
+        digest = files.card["files"][files.variant]["sha256"][:12]
+        networks[model] = f"{files.version} {files.variant}, sha256 {digest}"
     return {
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "processor": _processor(),
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "versions": {library: version(library) for library in LIBRARIES},
         "wrk": generators.version("wrk"),
-        "network": f"digit {files.version} {files.variant}, {len(files.network):,} bytes, "
-        f"sha256 {files.card['files'][files.variant]['sha256'][:12]}",
+        "networks": networks,
         "commit": _commit(),
         "settings": {name: value for name, value in sorted(os.environ.items()) if _is_told(name)},
     }
 
 
 def _is_told(name: str) -> bool:
-    return name.startswith("QUINTET_") and "KEY" not in name and "DATA" not in name and "MODELS" not in name
+    hidden = ("KEY", "DATA", "MODELS", "PEERS")
+    return name.startswith("QUINTET_") and not any(word in name for word in hidden)
 
 
 def _processor() -> str:
@@ -173,36 +126,81 @@ HEADINGS: Final = (
     "server",
     "payload",
     "workers",
-    "requests/s",
-    "of bare",
+    "inputs/s",
+    "of ours",
     "p50 ms",
+    "p95 ms",
     "p99 ms",
     "CPU µs each",
-    "busiest worker",
+    "busiest",
+    "batch",
+    "MiB",
+    "",
 )
 
 
-def rows(results: Results, scenarios: Sequence[Scenario]) -> list[tuple[str, ...]]:
-    """The table, a line per scenario that was run."""
-    table = []
-    for scenario in scenarios:
-        rounds = results.get(scenario.name, [])
-        head = (scenario.server.name, scenario.payload.name, str(scenario.server.workers))
-        problems = dict.fromkeys(problem for one in rounds for problem in one.problems)
-        if problems:
-            table.append((*head, f"INVALID: {'; '.join(problems)}", *[""] * 5))
-            continue
-        share = ratio(results, scenario.name, beside(scenario))
-        figures = (
-            Spread.of([one.requests_per_second for one in rounds]).text(",.0f"),
-            share.text(".2f") if share else "",
-            f"{median(one.p50_ms for one in rounds):.1f}",
-            f"{median(one.p99_ms for one in rounds):.1f}",
-            f"{median(one.cpu_us for one in rounds):,.0f}",
-            f"{max(one.busiest_share for one in rounds):.0%}",
-        )
-        table.append((*head, *figures))
-    return table
+def rows(outcome: Outcome) -> list[tuple[str, ...]]:
+    """The table, a line per row of the section."""
+    return [_row(outcome, scenario) for scenario in outcome.section.rows]
+
+
+def _row(outcome: Outcome, scenario: Scenario) -> tuple[str, ...]:
+    rounds = outcome.results.get(scenario.name, [])
+    payload = scenario.payload.name
+    if scenario.connections is not None:
+        payload += f", {scenario.connections} at a time"
+    if scenario.open_after:
+        payload += ", Poisson"
+    if scenario.crowd:
+        payload += f", {scenario.crowd}"
+    if len({row.payload.model for row in outcome.section.rows}) > 1:
+        payload = f"{scenario.payload.model}: {payload}"
+    head = (scenario.server.name, payload, str(scenario.server.workers))
+    blank = [""] * (len(HEADINGS) - len(head) - 1)
+    if scenario.name in outcome.absent:
+        return (*head, *blank, f"NOT MEASURED: {outcome.absent[scenario.name]}")
+    problems = dict.fromkeys(problem for one in rounds for problem in one.problems)
+    if problems or not rounds:
+        return (*head, *blank, f"INVALID: {'; '.join(problems)}" if problems else "NOT MEASURED")
+    share = None
+    if outcome.section.yardstick:
+        names = (scenario.name, outcome.section.yardstick)
+        share = by_round(outcome.results, names, lambda one, ours: rate(one) / rate(ours))
+
+    def middle(figure: str, form: str) -> str:
+        value = median(getattr(one, figure) for one in rounds)
+        return format(value, form) if value else ""
+
+    notes = [outcome.notes.get(scenario.name, "")]
+    if len(rounds) < max(map(len, outcome.results.values())):
+        notes.append("not the best of its kind, 1 round")
+    return (
+        *head,
+        Spread.of([rate(one) for one in rounds]).text(",.0f"),
+        share.text(".2f") if share else "",
+        middle("p50_ms", ".2f"),
+        middle("p95_ms", ".2f"),
+        middle("p99_ms", ".2f"),
+        middle("cpu_us", ",.0f"),
+        middle("busiest_share", ".0%"),
+        _mean_batch(rounds),
+        middle("memory_mib", ",.0f"),
+        "; ".join(note for note in notes if note),
+    )
+
+
+def _mean_batch(rounds: Sequence[Measurement]) -> str:
+    """About how many inputs ran together: the middle of the batches, by size."""
+    counted: dict[float, int] = {}
+    for one in rounds:
+        for size, count in one.batches.items():
+            counted[float(size)] = counted.get(float(size), 0) + count
+    total, seen = sum(counted.values()), 0
+    for size in sorted(counted):
+        seen += counted[size]
+        if seen * 2 >= total > 0:
+            return f"≤ {size:g}"
+    return ""
 
 
 def noise(results: Results) -> str:
@@ -216,78 +214,139 @@ def noise(results: Results) -> str:
     )
 
 
-def show(
-    console: Console, results: Results, scenarios: Sequence[Scenario], verdicts: Sequence[Verdict]
-) -> None:
+def warnings(outcome: Outcome) -> list[str]:
+    """What makes the figures less than sure."""
+    found = [
+        f"SPREAD TOO WIDE: the last rounds of {name} lie {spread:.0%} apart, more than {WIDEST_SPREAD:.0%}."
+        for name, spread in outcome.unsteady().items()
+    ]
+    if warning := noise(outcome.results):
+        found.append(warning)
+    return found
+
+
+def show(console: Console, outcome: Outcome) -> None:
     """Print the table and the verdicts."""
-    table = Table(*HEADINGS)
+    table = Table(*HEADINGS, title=outcome.section.title, title_justify="left")
     for column in table.columns[:5]:
         column.no_wrap = True
-    for column in table.columns[2:]:
+    for column in table.columns[2:-1]:
         column.justify = "right"
-    for row in rows(results, scenarios):
+    for row in rows(outcome):
         table.add_row(*row)
     console.print(table)
-    if warning := noise(results):
-        console.print(warning, style="yellow")
-    for verdict in verdicts:
-        console.print(str(verdict), style="green" if verdict.is_met else "red", highlight=False)
+    for warning in warnings(outcome):
+        console.print(warning, style="yellow", highlight=False, markup=False)
+    for verdict in outcome.verdicts():
+        style = "red" if verdict.is_missed else "green" if verdict.is_met else "yellow"
+        console.print(str(verdict), style=style, highlight=False, markup=False)
 
 
-def write(
-    folder: Path,
-    name: str,
-    results: Results,
-    scenarios: Sequence[Scenario],
-    verdicts: Sequence[Verdict],
-    conditions: dict[str, Any],
-) -> list[Path]:
-    """Write `<date>-<name>.md` and `.json`; their paths."""
+def write(folder: Path, prefix: str, outcome: Outcome, conditions: Mapping[str, Any]) -> list[Path]:
+    """Write `<date>-<prefix><section>` as `.md`, `.json` and, where there is something to see, `.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC)
-    stem = f"{now:%Y-%m-%d}-{name}"
+    stem = f"{now:%Y-%m-%d}-{prefix}{outcome.section.name}"
     record = {
         "date": f"{now:%Y-%m-%d %H:%M} UTC",
         **conditions,
-        "targets": [
-            {"claim": str(verdict), "met": verdict.is_met if verdict.ratio else None} for verdict in verdicts
+        "section": outcome.section.name,
+        "round_count": max((len(rounds) for rounds in outcome.results.values()), default=0),
+        "claims": [
+            {
+                "claim": verdict.claim.words,
+                "against": verdict.against,
+                "bound": verdict.claim.bound,
+                "outcome": verdict.outcome,
+                "found": verdict.text,
+            }
+            for verdict in outcome.verdicts()
         ],
-        "rows": {row: [asdict(one) for one in rounds] for row, rounds in results.items()},
+        "warnings": warnings(outcome),
+        "absent": outcome.absent,
+        "rows": {name: [asdict(one) for one in rounds] for name, rounds in outcome.results.items()},
     }
     texts = {
-        f"{stem}.md": _markdown(record, results, scenarios, verdicts),
+        f"{stem}.md": _markdown(record, outcome),
         f"{stem}.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n",
     }
     for file, text in texts.items():
         draft = folder / f"{file}.tmp"
         draft.write_text(text, encoding="utf-8")
         draft.replace(folder / file)
-    return [folder / file for file in texts]
+    written = [folder / file for file in texts]
+    picture = folder / f"{stem}.png"
+    if _plot(picture, outcome):
+        written.append(picture)
+    return written
 
 
-def _markdown(
-    record: dict[str, Any],
-    results: Results,
-    scenarios: Sequence[Scenario],
-    verdicts: Sequence[Verdict],
-) -> str:
+def _markdown(record: Mapping[str, Any], outcome: Outcome) -> str:
     versions = ", ".join(f"{library} {number}" for library, number in record["versions"].items())
     settings = ", ".join(f"{name}={value}" for name, value in record["settings"].items()) or "defaults"
+    networks = "; ".join(f"{model} {network}" for model, network in record["networks"].items())
     lines = [
-        f"# Load test, {record['date']}",
+        f"# {outcome.section.title}, {record['date']}",
         "",
         f"{record['cores']} cores of {record['processor']}; {record['system']}; commit {record['commit']}.",
         f"Python {record['python']}, {versions}; wrk {record['wrk']}. Settings: {settings}.",
-        f"Network: {record['network']}. {record['connections']} connections; {record['round_count']} "
-        f"interleaved rounds of {record['seconds']:g} s each: medians, some with (least-most), and the most "
-        "uneven round's busiest worker; ratios are taken within rounds.",
+        f"Networks: {networks}. {record['connections']} connections, where the row names no other number; "
+        f"{record['round_count']} interleaved rounds of {record['seconds']:g} s each: medians, some with "
+        "(least-most), and the most uneven round's busiest worker; ratios are taken within rounds.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
-        "| --- | --- |" + " ---: |" * (len(HEADINGS) - 2),
-        *("| " + " | ".join(row) + " |" for row in rows(results, scenarios)),
+        "| --- | --- |" + " ---: |" * (len(HEADINGS) - 3) + " --- |",
+        *("| " + " | ".join(row) + " |" for row in rows(outcome)),
         "",
-        *(f"- {verdict}" for verdict in verdicts),
+        *(f"- {verdict}" for verdict in outcome.verdicts()),
+        *(f"- {warning}" for warning in warnings(outcome)),
     ]
-    if warning := noise(results):
-        lines += [f"- {warning}"]
     return "\n".join(lines) + "\n"
+
+
+def _plot(path: Path, outcome: Outcome) -> bool:
+    """Draw the section: its curves, or else a bar for each row. False where nothing was measured."""
+    # Slow to load, and needed once at the end.
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    measured = {name: rounds for name, rounds in outcome.results.items() if is_valid(rounds)}
+    if not measured:
+        return False
+    curves = outcome.section.curves
+    if curves:
+        figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4), squeeze=False)
+        for axis, (unit, points) in zip(axes[0], curves.items(), strict=True):
+            there = [(name, amount) for name, amount in points if name in measured]
+            spreads = [Spread.of([rate(one) for one in measured[name]]) for name, _ in there]
+            amounts = [amount for _, amount in there]
+            axis.plot(amounts, [spread.median for spread in spreads], marker="o")
+            axis.fill_between(
+                amounts, [one.least for one in spreads], [one.most for one in spreads], alpha=0.2
+            )
+            axis.set(xscale="log", xlabel=unit, ylabel="inputs a second", ylim=(0, None))
+            axis.set_xticks(amounts, [str(amount) for amount in amounts], minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    else:
+        figure, axis = pyplot.subplots(figsize=(9, 0.8 + 0.35 * len(measured)))
+        names = [row.name for row in outcome.section.rows if row.name in measured][::-1]
+        spreads = [Spread.of([rate(one) for one in measured[name]]) for name in names]
+        middles = [spread.median for spread in spreads]
+        around = [
+            [spread.median - spread.least for spread in spreads],
+            [spread.most - spread.median for spread in spreads],
+        ]
+        colours = ["tab:orange" if name.startswith("quintet") else "tab:blue" for name in names]
+        axis.barh(names, middles, xerr=around, color=colours, capsize=2)
+        axis.set(xlabel="inputs a second: median, least and most of the rounds")
+        axis.grid(axis="x", alpha=0.3)
+    figure.suptitle(outcome.section.title)
+    figure.tight_layout()
+    draft = path.with_suffix(".png.tmp")
+    figure.savefig(draft, format="png", dpi=110)
+    pyplot.close(figure)
+    draft.replace(path)
+    return True

@@ -13,6 +13,8 @@ from typing import Final, Self
 
 import psutil
 
+from load_tests.measurement import MEBIBYTE
+from load_tests.peers import environments
 from load_tests.scenarios import HOST, Server
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -26,9 +28,16 @@ STOP_SECONDS: Final = 15
 QUIET_SHARE: Final = 0.1
 """A server that uses less of a core than this has finished starting."""
 
+SETTLE_SECONDS: Final = 20
+"""How long a server that answers may take to become quiet; some never do."""
+
 
 class ServerFailed(Exception):
     """A server ended, or never answered; the message has the last lines that it wrote."""
+
+
+class NotInstalled(ServerFailed):
+    """A peer has no environment; the message has the command that makes it."""
 
 
 def free_ports() -> tuple[int, int]:
@@ -46,10 +55,18 @@ class Running:
     It has a process group of its own, so that Ctrl-C reaches us alone and we stop it in order.
     """
 
-    def __init__(self, server: Server, models: Path, scratch: Path) -> None:
-        """Prepare to start `server` with the model repository `models` and its files in `scratch`."""
+    def __init__(self, server: Server, models: Path, scratch: Path, network: Path | None = None) -> None:
+        """Prepare to start `server`.
+
+        Args:
+            server: What to start.
+            models: The model repository.
+            scratch: Where it may put files.
+            network: The ONNX file, for a server that is given one.
+        """
         self.server = server
         self.port, self.grpc_port = free_ports()
+        self._scratch = scratch
         self._environment = os.environ | {
             "QUINTET_MODELS": str(models),
             "QUINTET_WORKERS": str(server.workers),
@@ -58,13 +75,26 @@ class Running:
             "QUINTET_DRAIN_SECONDS": "0",
             "BENTOML_HOME": str(scratch / "bentoml"),
             "BENTOML_DO_NOT_TRACK": "True",
+            "PEER_PORT": str(self.port),
+            "PEER_GRPC_PORT": str(self.grpc_port),
+            "PEER_WORKERS": str(server.workers),
+            "PEER_NETWORK": str(network or ""),
+            **server.environment,
         }
         self._log = scratch / "server.log"
         self._family: set[psutil.Process] = set()
 
     def __enter__(self) -> Self:
-        """Start it."""
-        command = [part.format(port=self.port) for part in self.server.command]
+        """Start it.
+
+        Raises:
+            NotInstalled: it is a peer without its environment.
+        """
+        peer = self.server.peer
+        if peer and not environments.is_installed(peer):
+            raise NotInstalled(f"not installed; {environments.COMMAND} {peer}")
+        places = {"port": self.port, "grpc_port": self.grpc_port, "scratch": self._scratch}
+        command = [part.format(**places) for part in self.server.command]
         # A Ctrl-C in the middle of starting would leave behind a server that nobody knows.
         pressed: list[int] = []
         interrupt = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
@@ -120,7 +150,8 @@ class Running:
             self._check(give_up)
             time.sleep(0.1)
         quiet_since, before = time.monotonic(), sum(self.cpu_seconds().values())
-        while time.monotonic() - quiet_since < 1:
+        settled = quiet_since + SETTLE_SECONDS
+        while time.monotonic() - quiet_since < 1 and time.monotonic() < settled:
             self._check(give_up)
             time.sleep(0.25)
             now = sum(self.cpu_seconds().values())
@@ -148,3 +179,12 @@ class Running:
                 times = process.cpu_times()
                 used[process.pid] = times.user + times.system
         return used
+
+    def memory_mib(self) -> float:
+        """Memory of all its processes, what they share counted once."""
+        total = 0.0
+        for process in self._family:
+            with suppress(psutil.Error):
+                told = process.memory_full_info()
+                total += getattr(told, "pss", told.uss)
+        return total / MEBIBYTE

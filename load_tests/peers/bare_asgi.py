@@ -6,7 +6,7 @@ this is the price of being a service. Run by `uvicorn --factory`.
 
 import orjson
 
-from load_tests.peers import served_digit
+from load_tests.peers import served
 from service.batcher import Batcher
 from service.http import Receive, Scope, Send
 from service.lanes import Lanes
@@ -18,7 +18,7 @@ class Bare:
     """An ASGI application that answers every request as if it were `POST /digit` with one picture."""
 
     def __init__(self, settings: Settings) -> None:
-        files, network = served_digit(settings)
+        _, files, network = served(DIGIT, settings)
         # On the event loop or in a lane, by the rule that the service goes by.
         milliseconds = network.seconds_per_input * 1000
         inline = milliseconds <= settings.inline_ms

@@ -13,7 +13,7 @@ import numpy as np
 from bentoml.validators import DType, Shape
 from PIL.Image import Image
 
-from load_tests.peers import served_digit
+from load_tests.peers import served
 from service.models.digit import DIGIT, SIDE, like_mnist
 from service.models.spec import Array, Sample
 from service.settings import Settings
@@ -31,7 +31,7 @@ class Peer:
     """One network in every worker, asked by two batchable methods."""
 
     def __init__(self) -> None:
-        _, self._network = served_digit(Settings())
+        _, _, self._network = served(DIGIT, Settings())
 
     def _run(self, pixels: list[Array]) -> Array:
         rows = self._network.run([Sample((one,)) for one in pixels])
