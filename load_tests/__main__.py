@@ -3,6 +3,7 @@
     python -m load_tests                              all sections; half an hour
     python -m load_tests --only grpc,image            some of them
     python -m load_tests peers install                the peers' environments, once
+    python -m load_tests start                        start to ready, first requests beside later ones
     python -m load_tests tune                         the best settings for this machine
 
 Every round starts each server once, one at a time, and every other round goes the other way
@@ -41,6 +42,10 @@ def main(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command == "peers":
         return peers(rest)
+    if command == "start":
+        from load_tests import first_requests
+
+        return first_requests.main(rest)
     if command == "tune":
         from load_tests import tune
 

@@ -147,19 +147,24 @@ class Running:
         """
         give_up = time.monotonic() + START_SECONDS
         while not answers():
-            self._check(give_up)
+            self.check(give_up)
             time.sleep(0.1)
         quiet_since, before = time.monotonic(), sum(self.cpu_seconds().values())
         settled = quiet_since + SETTLE_SECONDS
         while time.monotonic() - quiet_since < 1 and time.monotonic() < settled:
-            self._check(give_up)
+            self.check(give_up)
             time.sleep(0.25)
             now = sum(self.cpu_seconds().values())
             if now - before > QUIET_SHARE * 0.25:
                 quiet_since = time.monotonic()
             before = now
 
-    def _check(self, give_up: float) -> None:
+    def check(self, give_up: float) -> None:
+        """See that the server runs.
+
+        Raises:
+            ServerFailed: it has ended, or it is later than `give_up` (`time.monotonic`).
+        """
         if self._process.poll() is not None:
             raise ServerFailed(f"{self.server.name} ended while it started:\n{self._last_lines()}")
         if time.monotonic() > give_up:
