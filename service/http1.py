@@ -20,6 +20,13 @@ from service.http import Message, Request, Response
 SHORT_BODY: Final = b"65536"
 """In bytes; as text, for it is compared with a header's value. Longer bodies are read as they come."""
 
+KEEP_ALIVE_SECONDS: Final = 75
+"""How long an idle connection stays open: longer than callers keep theirs (aiohttp 15 s, nginx 60).
+Whoever closes first should be the caller, or now and then a request crosses the closing on its way."""
+
+UVICORN_KEEP_ALIVE_SECONDS: Final = 5
+"""Where nobody has said how long."""
+
 
 class Door(Protocol):
     """What answers requests."""
@@ -91,6 +98,8 @@ class ShortWay(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._door = door
+        if self.timeout_keep_alive == UVICORN_KEEP_ALIVE_SECONDS:
+            self.timeout_keep_alive = KEEP_ALIVE_SECONDS
         self._exchange: Exchange | None = None
         self._idle_since = 0.0
         self._dated: list[tuple[bytes, bytes]] = []

@@ -235,6 +235,20 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not() -> None:
     asyncio.run(check())
 
 
+def test_where_nobody_says_how_long_an_idle_connection_outlasts_what_callers_keep_theirs() -> None:
+    """A client that keeps it for as long would now and then send a request across its closing."""
+
+    async def check() -> None:
+        async with serving(Door(), keep_alive=5) as port, connected(port) as (reader, writer):
+            for _ in range(2):
+                writer.write(request("/short", b"x"))
+                await read_answer(reader)
+                await asyncio.sleep(5.5)
+            assert not reader.at_eof()
+
+    asyncio.run(check())
+
+
 def test_a_caller_who_reads_slowly_gets_all_and_fills_no_memory() -> None:
     async def check() -> None:
         door = Door()
