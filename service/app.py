@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any, Final
 
 import bentoml
+import click
 import structlog
 import uvicorn.config
 from _bentoml_sdk.service.factory import Service
@@ -34,12 +35,15 @@ from service.data_plane import DataPlane, State
 from service.grpc_api import GrpcDoor
 from service.http import Receive, Scope, Send
 from service.http1 import ShortWay
-from service.metrics import Board
+from service.metrics import BOARD_BYTES, Board, reserve
 from service.models import MODELS
-from service.providers import Profile, ProviderRefused, profile_of
+from service.providers import Profile, ProviderRefused, profile_of, refuse_without_gpu
 from service.repository import Repository, RepositoryError
 from service.rest import RestDoor
-from service.settings import Settings, read_settings
+from service.settings import MEBIBYTE, Settings, read_settings
+
+FAILED: Final = "failed"
+"""The file in the shared folder that says that a worker could not start."""
 
 SHARED_FOLDER: Final = "QUINTET_SHARED_FOLDER"
 """Names the folder that the workers of one server share; the supervisor makes it."""
@@ -81,13 +85,14 @@ class House:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         named = os.environ.get(SHARED_FOLDER)
-        folder = Path(named) if named else _shared_folder()
+        self._folder = folder = Path(named) if named else _shared_folder()
         self._board = Board(folder)
         self.plane = DataPlane(settings, self._board, Commands(folder))
         self.rest = RestDoor(self.plane, self._board)
         self._grpc = GrpcDoor(self.plane)
         self._loading: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._gauging: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._http_server: object | None = None
 
@@ -96,15 +101,14 @@ class House:
         self._drain_on_signals()
         if self.settings.grpc_port:
             await self._grpc.start(f"{self.settings.grpc_host}:{self.settings.grpc_port}")
+        self._gauging = asyncio.create_task(self.plane.keep_gauging())
         self._loading = asyncio.create_task(self._load())
 
     async def _load(self) -> None:
         try:
             await asyncio.to_thread(self.plane.load)
         except Exception as error:
-            log.critical("the service cannot start", reason=str(error))
-            # A worker that merely ended would be started again, to fail again.
-            os.kill(os.getppid(), signal.SIGTERM)
+            _give_up(self._folder, str(error))
         else:
             await self._grpc.update_health()
             self._watching = asyncio.create_task(self.plane.keep_watch())
@@ -154,7 +158,7 @@ class House:
     async def stop(self) -> None:
         """Answer what was accepted, then close."""
         self.plane.drain()
-        for task in (self._loading, self._watching):
+        for task in (self._loading, self._watching, self._gauging):
             if task is not None:
                 task.cancel()
         await self._grpc.stop(self.settings.grace_seconds)
@@ -212,6 +216,22 @@ def _listen_alone() -> None:
             os.dup2(own.fileno(), inherited_number)
 
 
+def _give_up(folder: Path, reason: str) -> None:
+    """End the whole server: a worker that merely ended would be started again, to fail again."""
+    log.critical("the service cannot start", reason=reason)
+    (folder / FAILED).touch()
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _end_badly_if_a_worker_gave_up(folder: Path) -> None:
+    """Have the supervisor, which was asked to end and did, say that it was not for a good reason."""
+    if (folder / FAILED).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        sys.stdout.flush()
+        # Called at exit, where an exception no longer changes the exit code.
+        os._exit(1)
+
+
 def _shared_folder() -> Path:
     """A fresh folder that lives as long as this process."""
     folder = Path(tempfile.mkdtemp(prefix="quintet-"))
@@ -235,6 +255,44 @@ def _check_versions(repository: Repository, model: str, profile: Profile) -> Non
             return
     if trouble is not None:
         raise trouble
+
+
+def _check_port(host: str, port: int, door: str, advice: str) -> None:
+    """See that a port is free: workers share it between them, which would hide that a stranger has it.
+
+    Raises:
+        SystemExit: it is not.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise SystemExit(
+                f"quintet: port {port} for {door} is not free ({error.strerror}); {advice}."
+            ) from None
+
+
+def _check_room(workers: int) -> Path:
+    """The folder that the workers will share, with room for their numbers.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    # Twice as much as they hold, for a worker that takes a dead one's place before it has tidied up.
+    needed = 2 * workers * BOARD_BYTES
+    try:
+        folder = _shared_folder()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            reserve(probe.fileno(), needed)
+    except OSError as error:
+        raise SystemExit(
+            f"quintet: the workers need {needed / MEBIBYTE:g} MiB for their numbers in "
+            f"{os.environ.get('TMPDIR', '/tmp')} ({error.strerror}); "
+            "make room there, or name another folder in TMPDIR."
+        ) from None
+    return folder
 
 
 def _tls(settings: Settings) -> dict[str, Any]:
@@ -278,6 +336,7 @@ class Quintet:
         settings = read_settings()
         try:
             profile = profile_of(settings)
+            refuse_without_gpu(profile)
             repository = Repository(settings.models)
             for model in set(repository.models()) & set(MODELS):
                 _check_versions(repository, model, profile)
@@ -289,18 +348,15 @@ class Quintet:
             raise SystemExit(
                 f"quintet: QUINTET_TLS_CERTIFICATE and QUINTET_TLS_KEY cannot be used: {error}"
             ) from None
+        command = click.get_current_context(silent=True)
+        if command is not None and "port" in command.params:
+            host, port = command.params["host"], int(command.params["port"])
+            _check_port(host, port, "REST", "take another with --port or BENTOML_PORT")
         if settings.grpc_port:
-            # Workers share the port between them, which would hide that a stranger has it already.
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((settings.grpc_host, settings.grpc_port))
-                except OSError as error:
-                    raise SystemExit(
-                        f"quintet: port {settings.grpc_port} for gRPC is not free ({error.strerror}); "
-                        "set QUINTET_GRPC_PORT to another."
-                    ) from None
-        os.environ[SHARED_FOLDER] = str(_shared_folder())
+            _check_port(settings.grpc_host, settings.grpc_port, "gRPC", "set QUINTET_GRPC_PORT to another")
+        folder = _check_room(settings.workers)
+        atexit.register(_end_badly_if_a_worker_gave_up, folder)
+        os.environ[SHARED_FOLDER] = str(folder)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:

@@ -140,6 +140,10 @@ class Catalogue:
         entries += [Entry(model, "", UNAVAILABLE, "It was unloaded.") for model in sorted(self._unloaded)]
         return entries
 
+    def broken(self, model: str) -> int:
+        """How many versions of a model cannot be loaded."""
+        return sum(of_model == model for of_model, _ in self._troubles.copy())
+
     def _known(self, repository: Repository) -> list[str]:
         found = set(repository.models())
         return [model for model in MODELS if model in found and model not in self._unloaded]

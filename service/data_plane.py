@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import Any, Final, TypeVar
 
+import psutil
 import structlog
 
 from service.batcher import Job, Priority
@@ -45,6 +46,9 @@ OBEY_SECONDS: Final = 120.0
 
 WATCH_COMMANDS_SECONDS: Final = 0.2
 
+GAUGE_SECONDS: Final = 0.25
+"""How old the gauges of another worker may be that Prometheus reads."""
+
 log = structlog.get_logger("quintet")
 T = TypeVar("T")
 
@@ -76,6 +80,9 @@ class DataPlane:
         self._obeying = asyncio.Lock()
         self._under_way = 0
         self._buffered_bytes = 0
+        self._process = psutil.Process()
+        self._cpu_seconds = 0.0
+        board.counter("quintet_worker_starts").add()
 
     def load(self) -> None:
         """Open every version of every model that is not unloaded; blocks, so call it in a thread.
@@ -356,10 +363,26 @@ class DataPlane:
         return [statistics(sums, one.room.name, one.version) for one in loaded]
 
     def gauge(self) -> None:
-        """Say how full this worker is."""
-        for loaded in self.models():
-            self._board.gauge("quintet_queue_depth", loaded.room.name).set(loaded.batcher.depth)
-        self._board.gauge("quintet_in_flight").set(self._under_way)
+        """Say how full this worker is, and what it has used."""
+        board = self._board
+        for model in MODELS:
+            versions = self.catalogue.models.get(model, {}).values()
+            board.gauge("quintet_queue_depth", model).set(sum(one.batcher.depth for one in versions))
+            board.gauge("quintet_queue_places", model).set(sum(one.policy.queue_size for one in versions))
+            board.gauge("quintet_broken_versions", model).set(self.catalogue.broken(model))
+        for state in State:
+            board.gauge("quintet_workers", state.value).set(self.state is state)
+        board.gauge("quintet_in_flight").set(self._under_way)
+        used = time.process_time()
+        board.counter("quintet_cpu_seconds").add(used - self._cpu_seconds)
+        self._cpu_seconds = used
+        board.gauge("quintet_memory_bytes").set(self._process.memory_info().rss)
+
+    async def keep_gauging(self) -> None:
+        """Say it anew now and then, for ever: whichever worker is asked speaks for all."""
+        while True:
+            self.gauge()
+            await asyncio.sleep(GAUGE_SECONDS)
 
     def drain(self) -> None:
         """Take no more work; what was accepted is finished."""

@@ -4,20 +4,27 @@ Every worker keeps its numbers as float64 cells in a file that it maps into memo
 so counting costs one addition, and whichever worker is asked for `/metrics` sees all
 workers' cells as they are this moment. A second file says what each cell means.
 Labels come from closed sets only (model, version, protocol, outcome), so the files
-stay small for ever.
+stay small for ever. What a worker counted outlives it: each new worker adds the numbers of
+those that died to one file of the past, so that workers which die over and over fill no disk.
+
+A worker lives as long as it holds the lock on its file of names. Its number (pid) would not do:
+where a health check starts a process every few seconds, numbers come round again within days.
 
 Of two kinds of series only the Open Inference Protocol's statistics have a use: tallies
 (a count and its seconds) and moments (the latest of all workers counts). Prometheus does
 not see them.
 """
 
+import contextlib
+import fcntl
 import json
 import mmap
 import os
+import secrets
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -28,7 +35,10 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from service import gpu
+
 __all__ = [
+    "BOARD_BYTES",
     "CONTENT_TYPE_LATEST",
     "Board",
     "Counter",
@@ -37,13 +47,19 @@ __all__ = [
     "MetricsFull",
     "Tally",
     "is_alive",
+    "reserve",
 ]
 
 CELLS: Final = 65_536
+BOARD_BYTES: Final = CELLS * 8
+"""What one worker's numbers take on the disk."""
+
 SECONDS: Final = (
     0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 BATCH_SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+PAST: Final = "past.json"
 
 Kind = Literal["counter", "gauge", "histogram", "tally", "moment"]
 T = TypeVar("T", "Counter", "Gauge", "Histogram", "Tally")
@@ -84,6 +100,27 @@ FAMILIES: Final[dict[str, tuple[Kind, str, tuple[str, ...], tuple[float, ...]]]]
     "quintet_queue_depth": ("gauge", "Inputs that wait for a batch now.", ("model",), ()),
     "quintet_in_flight": ("gauge", "Requests under way now.", (), ()),
     "quintet_rejected": ("counter", "Requests refused before any work was done.", ("reason",), ()),
+    "quintet_queue_places": (
+        "gauge",
+        "Inputs that may wait for a batch, in all workers together.",
+        ("model",),
+        (),
+    ),
+    "quintet_workers": ("gauge", "Workers, by what they do: starting, ready, draining.", ("state",), ()),
+    "quintet_worker_starts": (
+        "counter",
+        "Workers that were started; more than there are, where some died and others took their place.",
+        (),
+        (),
+    ),
+    "quintet_cpu_seconds": ("counter", "Processor time that the workers have used.", (), ()),
+    "quintet_memory_bytes": ("gauge", "Memory that the workers have resident.", (), ()),
+    "quintet_broken_versions": (
+        "gauge",
+        "Model versions in the repository that cannot be loaded, as each worker counts them.",
+        ("model",),
+        (),
+    ),
     "quintet_model_info": (
         "gauge",
         "Model versions that are loaded: the number of workers that serve them.",
@@ -164,21 +201,38 @@ class Tally:
         self._cells[self._slot + 1] += seconds
 
 
+class Series(NamedTuple):
+    """One series of one worker, living or dead, as its files have it."""
+
+    is_alive: bool
+    name: str
+    labels: tuple[str, ...]
+    values: list[float]
+
+
 class Board(Collector):
     """All series of one worker, and the sum over every worker's."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep this worker's cells in `folder`, which its sister workers share."""
+        """Keep this worker's cells in `folder`, which its sister workers share.
+
+        Raises:
+            OSError: there is no room for them.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._series: dict[tuple[str, tuple[str, ...]], Counter | Histogram | Tally] = {}
         self._used = 0
-        stem = str(os.getpid())
-        with (folder / f"{stem}.cells").open("w+b") as file:
-            file.truncate(CELLS * 8)
-            self._map = mmap.mmap(file.fileno(), CELLS * 8)
+        stem = f"{os.getpid()}-{secrets.token_hex(4)}"
+        with self._locked(fcntl.LOCK_EX):
+            self._fold_the_dead()
+            with (folder / f"{stem}.cells").open("w+b") as file:
+                # Room is taken now: a mapped file that finds the disk full later ends its process.
+                reserve(file.fileno(), BOARD_BYTES)
+                self._map = mmap.mmap(file.fileno(), BOARD_BYTES)
+            self._names = (folder / f"{stem}.names").open("w", encoding="utf-8")
+            fcntl.flock(self._names, fcntl.LOCK_EX)
         self._cells = memoryview(self._map).cast("d")
-        self._names = (folder / f"{stem}.names").open("w", encoding="utf-8")
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -230,6 +284,7 @@ class Board(Collector):
         for name in FAMILIES:
             if name in PUBLIC:
                 yield _family(name, sums[name])
+        yield from gpu.families()
 
     def sums(self) -> dict[str, dict[tuple[str, ...], list[float]]]:
         """All workers' cells together, by family and label values.
@@ -237,28 +292,102 @@ class Board(Collector):
         Gauges count only workers that still live; of moments the latest counts.
         """
         sums: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in FAMILIES}
-        for pid, name, labels, values in self._all_workers():
-            kind = FAMILIES[name][0]
-            if kind == "gauge" and not is_alive(pid):
-                continue
-            total = sums[name].setdefault(labels, [0.0] * len(values))
-            for position, value in enumerate(values):
-                total[position] = max(total[position], value) if kind == "moment" else total[position] + value
+        with self._locked(fcntl.LOCK_SH):
+            for series in self._all_workers():
+                _add(sums, series)
         return sums
 
-    def _all_workers(self) -> Iterator[tuple[int, str, tuple[str, ...], list[float]]]:
+    def _all_workers(self) -> Iterator[Series]:
+        """Every worker's series, those of the past first; the folder must be locked."""
+        past = self._read_past()
+        for name, labels, values in past["series"]:
+            yield Series(False, name, tuple(labels), values)
         for names_file in sorted(self._folder.glob("*.names")):
-            series = [json.loads(line) for line in names_file.read_text(encoding="utf-8").splitlines()]
+            if names_file.stem in past["folded"]:
+                continue
+            with names_file.open(encoding="utf-8") as file:
+                is_alive = not _can_be_locked(file.fileno())
+                # A worker that was killed may have left half a line, and no cells for it.
+                lines = [line for line in file if line.endswith("\n")]
+            series = [json.loads(line) for line in lines]
             used = max((slot + _cells_of(name) for name, _, slot in series), default=0)
-            with names_file.with_suffix(".cells").open("rb") as file:
-                cells: memoryview[float] = memoryview(file.read(used * 8)).cast("d")
+            with names_file.with_suffix(".cells").open("rb") as file_of_cells:
+                cells: memoryview[float] = memoryview(file_of_cells.read(used * 8)).cast("d")
             for name, labels, slot in series:
-                values = list(cells[slot : slot + _cells_of(name)])
-                yield int(names_file.stem), name, tuple(labels), values
+                yield Series(is_alive, name, tuple(labels), list(cells[slot : slot + _cells_of(name)]))
+
+    def _read_past(self) -> dict[str, list[Any]]:
+        """What workers counted whose files are gone, and the names of those whose files are about to go."""
+        path = self._folder / PAST
+        if not path.exists():
+            return {"folded": [], "series": []}
+        past: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return past
+
+    def _fold_the_dead(self) -> None:
+        """Add the numbers of workers that died to those of the past, and let their files go."""
+        dead = []
+        for names_file in self._folder.glob("*.names"):
+            with names_file.open(encoding="utf-8") as file:
+                if _can_be_locked(file.fileno()):
+                    dead.append(names_file)
+        if not dead:
+            return
+        sums: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in FAMILIES}
+        for series in self._all_workers():
+            if not series.is_alive:
+                _add(sums, series)
+        past = {
+            "folded": [names_file.stem for names_file in dead],
+            "series": [(name, *one) for name, of_name in sums.items() for one in of_name.items()],
+        }
+        draft = self._folder / f"{PAST}.draft"
+        # On a full disk they stay as they are, and are right as they are.
+        with contextlib.suppress(OSError):
+            draft.write_text(json.dumps(past), encoding="utf-8")
+            # From here on they count as past, even if we are killed before their files are gone.
+            draft.replace(self._folder / PAST)
+            for names_file in dead:
+                names_file.with_suffix(".cells").unlink(missing_ok=True)
+                names_file.unlink()
+
+    @contextlib.contextmanager
+    def _locked(self, kind: int) -> Iterator[None]:
+        """Alone in the folder, or (`LOCK_SH`) with others who only read."""
+        with (self._folder / "lock").open("a") as file:
+            fcntl.flock(file, kind)
+            yield
 
     def close(self) -> None:
         """Let go of the files; the numbers stay for the sister workers to show."""
         self._names.close()
+
+
+def _add(sums: dict[str, dict[tuple[str, ...], list[float]]], series: Series) -> None:
+    """Add a series to those of its name and labels; a dead worker's gauges say nothing any more."""
+    kind = FAMILIES[series.name][0]
+    if kind == "gauge" and not series.is_alive:
+        return
+    total = sums[series.name].setdefault(series.labels, [0.0] * len(series.values))
+    for position, value in enumerate(series.values):
+        total[position] = max(total[position], value) if kind == "moment" else total[position] + value
+
+
+def _can_be_locked(file: int) -> bool:
+    """Whether nobody holds the lock on this file: its worker is dead."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def reserve(file: int, size: int) -> None:
+    """Give a file so many bytes of zeros, on the disk and not only in its length."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
 
 
 def _cells_of(name: str) -> int:

@@ -6,7 +6,6 @@ where there are a card and an ONNX Runtime for it, and `cpu` elsewhere.
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any, Final
 
 import onnxruntime
 
+from service import gpu
 from service.models.spec import Room
-from service.settings import MEBIBYTE, Settings
+from service.settings import MEBIBYTE, Settings, cores
 
 PROVIDERS: Final = {
     "cpu": "CPUExecutionProvider",
@@ -143,12 +143,31 @@ def profile_of(settings: Settings) -> Profile:
         name=name,
         precision=settings.precision,
         threads=settings.threads,
-        cores=max(1, (os.cpu_count() or 1) // settings.workers),
+        cores=max(1, cores() // settings.workers),
         device_id=settings.gpu,
         memory_limit_bytes=settings.gpu_memory_mb * MEBIBYTE,
         engines=settings.engines,
         graphs=settings.gpu_graphs,
     )
+
+
+def refuse_without_gpu(profile: Profile) -> None:
+    """What is to run on a GPU needs one: found out here, in a sentence, before ONNX Runtime tries to load.
+
+    Raises:
+        ProviderRefused: NVIDIA's library finds none of that number.
+    """
+    if profile.is_gpu:
+        handles, reason = gpu.find()
+        if not handles:
+            raise ProviderRefused(
+                f"QUINTET_RUNTIME asks for {profile.name}, and there is no NVIDIA GPU here ({reason}); "
+                "give the container one (docker run --gpus all), or set QUINTET_RUNTIME=cpu."
+            )
+        if profile.device_id >= len(handles):
+            raise ProviderRefused(
+                f"QUINTET_GPU is {profile.device_id}, and there are {len(handles)} here, from 0 on."
+            )
 
 
 def refuse_other_provider(name: str, found: Sequence[str]) -> None:

@@ -1,8 +1,11 @@
 """All that can be set, each from an environment variable `QUINTET_<NAME>`; the defaults work on a laptop."""
 
+import difflib
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Final, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -18,6 +21,29 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from service.models import MODELS
 
 MEBIBYTE = 1024 * 1024
+
+OTHERS: Final = frozenset(
+    f"QUINTET_{name}" for name in ("BROWSER", "CA_FILE", "DATA", "KEY", "SHARED_FOLDER", "URL")
+)
+"""Variables of the same family that are not the service's settings: the client's, the trainer's, its own."""
+
+KUBERNETES: Final = re.compile(
+    r"QUINTET_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP|SCTP)\w*)", re.ASCII
+)
+"""Variables that Kubernetes sets for a Service named quintet, in the pods beside it."""
+
+CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
+
+
+def cores() -> int:
+    """How many cores this process may use: those it is bound to, of those its container was given."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(1, min(there, int(quota) // int(period)))
+    except (OSError, ValueError):
+        # No such file outside of cgroups, and the word "max" where there is no limit.
+        return there
 
 
 class Policy(BaseModel):
@@ -55,7 +81,7 @@ class Settings(BaseSettings):
     page: Path = Field(
         Path(__file__).resolve().parents[1] / "clients" / "web", description="the page to try them on"
     )
-    workers: int = Field(os.cpu_count() or 1, ge=1, le=256, description="server processes")
+    workers: int = Field(default_factory=cores, ge=1, le=256, description="server processes")
     grpc_host: str = Field("0.0.0.0", description="address that the gRPC door listens on")
     grpc_port: int = Field(3001, ge=0, le=65535, description="port of the gRPC door; 0 closes it")
 
@@ -138,6 +164,7 @@ def read_settings() -> Settings:
     Raises:
         SystemExit: one of them cannot be; the sentence says which, and why.
     """
+    _refuse_unknown(os.environ)
     try:
         return Settings()
     except ValidationError as error:
@@ -149,3 +176,20 @@ def read_settings() -> Settings:
         raise SystemExit(f"quintet: {'; '.join(wrong)}.") from None
     except SettingsError as error:
         raise SystemExit(f'quintet: {error}; a list is written as JSON: ["…"].') from None
+
+
+def _refuse_unknown(environment: Mapping[str, str]) -> None:
+    """A misspelt setting would quietly be none.
+
+    Raises:
+        SystemExit: there is such a variable.
+    """
+    known = [f"QUINTET_{name.upper()}" for name in Settings.model_fields]
+    for variable, value in sorted(environment.items()):
+        name = variable.upper()
+        # Kubernetes' QUINTET_PORT is an address; its others are known by their form.
+        is_kubernetes = KUBERNETES.fullmatch(name) or value.startswith(("tcp://", "udp://"))
+        if name.startswith("QUINTET_") and name not in (*OTHERS, *known) and not is_kubernetes:
+            close = difflib.get_close_matches(name, known, 1)
+            advice = f"did you mean {close[0]}?" if close else "service/settings.py lists all there are."
+            raise SystemExit(f"quintet: {variable}: there is no such setting; {advice}")

@@ -8,7 +8,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.data_plane import State
 from service.errors import QuintetError
+from service.models import MODELS
 from tests.conftest import SHIPPED, QuintetServer
 
 from .knocking import GrpcClient, http_client, infer_request, picture_request
@@ -28,6 +30,12 @@ PROMISED = {
     "quintet_in_flight",
     "quintet_rejected_total",
     "quintet_model_info",
+    "quintet_workers",
+    "quintet_worker_starts_total",
+    "quintet_queue_places",
+    "quintet_cpu_seconds_total",
+    "quintet_memory_bytes",
+    "quintet_broken_versions",
 }
 
 PROTOCOLS = {"rest", "open-inference-rest", "open-inference-grpc", "bentoml"}
@@ -147,9 +155,10 @@ def test_labels_come_from_closed_sets(http: httpx.Client) -> None:
     for kind in kinds:
         kinds += kind.__subclasses__()
     allowed = {
-        "model": {*SHIPPED, "none"},
+        "model": {*MODELS, "none"},
         "protocol": PROTOCOLS,
         "outcome": {"ok", *(str(int(kind.status)) for kind in kinds)},
+        "state": {state.value for state in State},
         "reason": {kind.rejection for kind in kinds if kind.rejection},
     }
     seen = set()
