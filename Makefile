@@ -3,9 +3,11 @@ SERVE  := .venv
 DEV    := .venv-dev
 MODEL  ?= digit
 PORT   ?= 3000
+VARIANT ?= cpu
+ENGINE ?= docker
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format train export bench bento proto lock clean
+.PHONY: help serve test check format train export bench bento image proto lock clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -52,6 +54,13 @@ bench: $(DEV)/.ready    ## the load tests, beside the peers
 bento: $(SERVE)/.ready  ## the built Bento
 	BENTOML_DO_NOT_TRACK=True $(SERVE)/bin/bentoml build
 
+# Where there is no Docker engine: `make image ENGINE=buildah`, and see deploy/container/base.sh for BASE.
+# buildah would else write OCI's form of an image, which has no place for a health check.
+image:           ## the container image: make image VARIANT=cpu, or gpu
+	$(ENGINE) build $(if $(filter %buildah %podman,$(ENGINE)),--format docker) --tag quintet:$(VARIANT) \
+	  --file deploy/container/Dockerfile --build-arg VARIANT=$(VARIANT) \
+	  $(if $(BASE),--build-arg BASE=$(BASE)) $(IMAGE_OPTIONS) .
+
 proto: $(DEV)/.ready    ## generate the gRPC messages anew
 	$(DEV)/bin/python -m service.proto service/proto clients/python/src/quintet_client
 
@@ -64,7 +73,18 @@ lock:            ## pin the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv build/lock/dev
 	build/lock/dev/bin/pip install --quiet -c requirements/serve.txt '.[serve,training,dev]' ./clients/python
 	build/lock/dev/bin/pip freeze --exclude quintet --exclude quintet-client | sed 's/+cpu$$//' > requirements/dev.txt
+	build/lock/dev/bin/pip install --quiet uv
+	for variant in cpu gpu; do \
+	  sed "$$([ $$variant = cpu ] || echo 's/^onnxruntime==/onnxruntime-gpu[cuda,cudnn]==/')" requirements/serve.txt \
+	    > build/lock/$$variant.in; \
+	  $(HASH) build/lock/$$variant.in --output-file requirements/image-$$variant.txt; \
+	done
+	$(HASH) --extra image pyproject.toml --output-file requirements/image-tools.txt
 	rm -rf build/lock
+
+# What goes into the image is named by its hash; both variants have the versions of serve.txt.
+HASH = build/lock/dev/bin/uv pip compile --quiet --no-header --no-annotate --generate-hashes \
+  --python-version 3.11 --python-platform x86_64-manylinux_2_28
 
 clean:           ## remove the environments and caches
 	rm -rf $(SERVE) $(DEV) build .mypy_cache .pytest_cache .ruff_cache
