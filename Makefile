@@ -7,7 +7,7 @@ VARIANT ?= cpu
 ENGINE ?= docker
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format train export bench bento image proto lock clean
+.PHONY: help serve test check format train export bench bento image up down proto lock clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -60,6 +60,16 @@ image:           ## the container image: make image VARIANT=cpu, or gpu
 	$(ENGINE) build $(if $(filter %buildah %podman,$(ENGINE)),--format docker) --tag quintet:$(VARIANT) \
 	  --file deploy/container/Dockerfile --build-arg VARIANT=$(VARIANT) \
 	  $(if $(BASE),--build-arg BASE=$(BASE)) $(IMAGE_OPTIONS) .
+
+COMPOSE = VARIANT=$(VARIANT) $(ENGINE) compose --file deploy/compose.yaml \
+  $(if $(filter gpu,$(VARIANT)),--file deploy/compose.gpu.yaml)
+
+up: image        ## service, Prometheus and Grafana by compose; its ports: deploy/compose.yaml
+	export GRAFANA_PASSWORD=$${GRAFANA_PASSWORD:-$$($(PYTHON) -c 'import secrets; print(secrets.token_urlsafe(12))')}; \
+	  $(COMPOSE) up --detach --wait && echo "Grafana: http://localhost:$${GRAFANA_PORT:-3002}, admin, $$GRAFANA_PASSWORD"
+
+down:            ## stop them; what Prometheus stored stays
+	GRAFANA_PASSWORD=none $(COMPOSE) down
 
 proto: $(DEV)/.ready    ## generate the gRPC messages anew
 	$(DEV)/bin/python -m service.proto service/proto clients/python/src/quintet_client
