@@ -765,7 +765,7 @@ class Recipe:
     weight_decay: float
 
 
-RECIPES = {"cnn": Recipe(40, 8, 2e-3, 0.05)}
+RECIPES = {"cnn": Recipe(30, 8, 2e-3, 0.05)}
 
 
 def train(run: fit.Run) -> dict[str, Any]:
