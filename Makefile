@@ -1,13 +1,14 @@
 PYTHON ?= python3
 SERVE  := .venv
 DEV    := .venv-dev
+POLICY := .venv-policy
 MODEL  ?= digit
 PORT   ?= 3000
 VARIANT ?= cpu
 ENGINE ?= docker
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format train export bench bento image up down proto lock clean
+.PHONY: help serve test check format train export bench bento image up down policy proto lock clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -61,6 +62,13 @@ image:           ## the container image: make image VARIANT=cpu, or gpu
 	  --file deploy/container/Dockerfile --build-arg VARIANT=$(VARIANT) \
 	  $(if $(BASE),--build-arg BASE=$(BASE)) $(IMAGE_OPTIONS) .
 
+$(POLICY)/.ready: requirements/policy.txt
+	$(PYTHON) -m venv $(POLICY)
+	$(POLICY)/bin/pip install --quiet --disable-pip-version-check -r requirements/policy.txt
+	@touch $@
+
+policy: $(POLICY)/.ready  ## checkov, for the tests of deploy/; they are skipped without it
+
 COMPOSE = VARIANT=$(VARIANT) $(ENGINE) compose --file deploy/compose.yaml \
   $(if $(filter gpu,$(VARIANT)),--file deploy/compose.gpu.yaml)
 
@@ -97,4 +105,4 @@ HASH = build/lock/dev/bin/uv pip compile --quiet --no-header --no-annotate --gen
   --python-version 3.11 --python-platform x86_64-manylinux_2_28
 
 clean:           ## remove the environments and caches
-	rm -rf $(SERVE) $(DEV) build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(SERVE) $(DEV) $(POLICY) build .mypy_cache .pytest_cache .ruff_cache
