@@ -8,7 +8,7 @@ VARIANT ?= cpu
 ENGINE ?= docker
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format train export bench bento image up down policy proto lock clean
+.PHONY: help serve test check format train export bench peers tune bento image up down policy proto lock clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -51,6 +51,12 @@ export: $(DEV)/.ready   ## export it with proof into models/
 
 bench: $(DEV)/.ready    ## the load tests, beside the peers
 	$(DEV)/bin/python -m load_tests
+
+peers: $(DEV)/.ready    ## the peers' environments, for make bench; two gigabytes
+	$(DEV)/bin/python -m load_tests peers install
+
+tune: $(DEV)/.ready     ## find the best settings for this machine
+	$(DEV)/bin/python -m load_tests tune
 
 bento: $(SERVE)/.ready  ## the built Bento
 	BENTOML_DO_NOT_TRACK=True $(SERVE)/bin/bentoml build

@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +31,7 @@ from load_tests.servers import NotInstalled, Running, ServerFailed
 from service.models import MODELS
 from service.providers import profile_of
 from service.repository import Repository, RepositoryError
-from service.settings import Settings
+from service.settings import Settings, read_settings
 
 SAME: Final = 1e-3
 """Two servers of one network may differ by this much in a probability."""
@@ -44,7 +45,7 @@ Expected = dict[tuple[str, str, int], np.ndarray]
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    settings = Settings()
+    settings = read_settings()
     parser = argparse.ArgumentParser(
         prog="python -m load_tests", description="Measure the service beside its peers and its limit."
     )
@@ -185,6 +186,15 @@ class Bench:
         return replay(running, row.payload, seconds, row.connections or self._options.connections, folder)
 
     def _measure(self, running: Running, row: Scenario, scratch: Path) -> Measurement:
+        try:
+            return self._measure_soundly(running, row, scratch)
+        except (*NO_ANSWER, RuntimeError, subprocess.SubprocessError) as error:
+            # A server that breaks under the load is a row that says so; the others are measured all the same.
+            trouble = str(error).splitlines()[0] if isinstance(error, RuntimeError) else type(error).__name__
+            ended = "" if running.is_alive() else "the server ended; "
+            return Measurement(0.0, inputs=row.payload.inputs, problems=(f"{ended}{trouble}",))
+
+    def _measure_soundly(self, running: Running, row: Scenario, scratch: Path) -> Measurement:
         options = self._options
         problems = self._check(running, row)
         self._send(running, row, options.warm_up, scratch)
@@ -207,7 +217,7 @@ class Bench:
             p50_ms=round(load.p50_ms, 3),
             p95_ms=round(load.p95_ms, 3),
             p99_ms=round(load.p99_ms, 3),
-            cpu_us=round(sum(used) / max(1, load.requests) * 1e6, 1),
+            cpu_us=round(sum(used) / max(1, load.requests * row.payload.inputs) * 1e6, 1),
             busiest_share=round(max(used) / max(sum(used), 1e-9), 3),
             other_cores=round(max(0.0, machine - sum(used) - generator) / elapsed, 2),
             memory_mib=round(running.memory_mib(), 1),
@@ -350,6 +360,8 @@ def main(given: Sequence[str]) -> int:
             ):
                 console.print(f"written: {path.parent.name}/{path.name}", style="dim")
             console.print(f"{section.name}: {took['took_seconds']} s", style="dim", highlight=False)
+        if not options.name:
+            report.summarise(options.to)
     except (ProgramMissing, RepositoryError, ServerFailed) as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         return 2

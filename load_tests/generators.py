@@ -176,25 +176,38 @@ def _read(output: str) -> Load:
 
 
 def _h2load(running: Running, payload: Payload, body: Path, seconds: float, connections: int) -> Load:
+    answer = ask(running, payload)
+    if payload.inputs == 1:
+        # Of gRPC's own errors HTTP/2 knows nothing: their status is 200, but they carry no message.
+        due = len(answer) + FRAME
+        return _h2load_once(running, payload, body, connections, [f"-D{seconds:.0f}"], due)
+    # Streams are counted out: cut off when the time is over, they would leave half of their answers.
+    probe = _h2load_once(running, payload, body, connections, [f"-n{2 * connections}"], len(answer))
+    count = max(2 * connections, round(probe.requests_per_second * seconds))
+    return _h2load_once(running, payload, body, connections, [f"-n{count}"], len(answer))
+
+
+def _h2load_once(
+    running: Running, payload: Payload, body: Path, connections: int, how_much: list[str], due: int
+) -> Load:
+    """One run, whose answers must have `due` bytes each."""
     log = body.with_name("h2load.log")
     log.unlink(missing_ok=True)
-    options = ["-t1", f"-c{connections}", "-m1", f"-D{seconds:.0f}", f"-d{body}", f"--log-file={log}"]
+    options = ["-t1", f"-c{connections}", "-m1", *how_much, f"-d{body}", f"--log-file={log}"]
     for name, value in payload.headers.items():
         options += ["-H", f"{name}: {value}"]
     url = f"http://{HOST}:{running.grpc_port}{payload.path}"
-    output = _run([require("h2load"), *options, url], seconds)
+    output = _run([require("h2load"), *options, url], ANSWER_SECONDS)
+    rate = _number(r"finished in \S+, ([\d.]+) req/s", output)
     requests = int(_number(r"(\d+) done", output))
     bad = requests - int(_number(r"(\d+) 2xx", output))
-    # Of gRPC's own errors HTTP/2 knows nothing: their status is 200, but they carry no message.
-    answer = ask(running, payload)
-    expected = (len(answer) + (FRAME if payload.inputs == 1 else 0)) * requests
     data = int(_number(r"\((\d+)\) data", output))
     problems = [f"{bad} answers were not 2xx"] if bad else []
-    if abs(data - expected) > 0.01 * expected:
-        problems.append(f"{data} bytes of messages where {expected} were due")
+    if abs(data - due * requests) > 0.01 * due * requests:
+        problems.append(f"{data} bytes of messages where {due * requests} were due")
     durations = [int(line.split("\t")[2]) / 1000 for line in log.read_text().splitlines()]
     shares = quantiles(durations, n=100)
-    return Load(requests, seconds, shares[49], shares[94], shares[98], tuple(problems))
+    return Load(requests, requests / rate, shares[49], shares[94], shares[98], tuple(problems))
 
 
 def _number(pattern: str, text: str) -> float:

@@ -11,7 +11,6 @@ stacked beforehand, texts with those of about their own length: what is timed is
 import argparse
 import itertools
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from service.models import MODELS
 from service.models.spec import Array, Room, Sample
 from service.providers import profile_of
 from service.repository import ModelFiles, Repository
-from service.settings import Settings
+from service.settings import Settings, cores
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 TRIAL_SECONDS: Final = 0.4
@@ -123,10 +122,10 @@ class BareNetwork:
             sum(lane.inputs for lane in lanes),
         )
 
-    def find_best(self, cores: int) -> Way:
-        """The lanes, threads and batch that run most inputs a second."""
+    def find_best(self, count: int) -> Way:
+        """The lanes, threads and batch that run most inputs a second on so many cores."""
         rates: dict[Way, float] = {}
-        for lanes, threads in sorted({(cores, 1), (1, cores)}):
+        for lanes, threads in sorted({(count, 1), (1, count)}):
             for batch in BATCHES:
                 way = Way(lanes, threads, batch)
                 runs = self.measure(way, TRIAL_SECONDS)
@@ -210,7 +209,7 @@ def main() -> None:
     network = open_network(options.model, options.models, options.precision)
     way = Way(options.lanes, options.threads, options.batch)
     if not options.lanes:
-        way = network.find_best(len(os.sched_getaffinity(0)))
+        way = network.find_best(cores())
     runs = network.measure(way, options.seconds, decodes=options.decode)
     print(json.dumps({"way": asdict(way), **asdict(runs)}))
 

@@ -21,7 +21,7 @@ class Measurement:
     Attributes:
         requests_per_second: Answers that came back.
         p50_ms, p95_ms, p99_ms: How long half, 95 and 99 of 100 of them took at the most.
-        cpu_us: Processor time of all the server's processes for one answer, in microseconds.
+        cpu_us: Processor time of all the server's processes for one input, in microseconds.
         busiest_share: The part of that time that the busiest process used.
         other_cores: Cores kept busy by neither server nor load generator.
         memory_mib: Memory of all the server's processes, what they share counted once.

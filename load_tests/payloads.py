@@ -194,8 +194,10 @@ def inputs_of(model: str) -> list[dict[str, Any]]:
 def pictures(model: str) -> Payload:
     """A picture as the whole body of `POST /<model>`."""
     if model == "detection":
-        return Payload("JPEG", model, "/detection", slides(), _read_boxes, {"content-type": "image/jpeg"})
-    return Payload("PNG", model, f"/{model}", pngs(model), _read_people, {"content-type": "image/png"})
+        headers = {"content-type": "image/jpeg"}
+        return Payload("slide, JPEG", model, "/detection", slides(), _read_boxes, headers)
+    headers = {"content-type": "image/png"}
+    return Payload(_named(model, "PNG"), model, f"/{model}", pngs(model), _read_people, headers)
 
 
 def json_pictures(model: str, path: str = "") -> Payload:
@@ -207,13 +209,17 @@ def json_pictures(model: str, path: str = "") -> Payload:
 def texts() -> Payload:
     """A review in JSON."""
     bodies = tuple(json.dumps({"texts": [text]}).encode() for text in reviews())
-    return Payload("reviews, mixed", "sentiment", "/sentiment", bodies, _read_people, JSON)
+    return Payload("review, JSON", "sentiment", "/sentiment", bodies, _read_people, JSON)
 
 
 def drawings() -> Payload:
     """A digit to be drawn."""
     bodies = tuple(json.dumps({"digits": [number], "seed": number}).encode() for number in range(10))
     return Payload("digit and seed", "generator", "/generator", bodies, _read_size, JSON)
+
+
+def _named(model: str, form: str) -> str:
+    return form if model == "digit" else f"photograph, {form}"
 
 
 def room_payload(model: str) -> Payload:
@@ -241,7 +247,7 @@ def binary_tensor(model: str = "digit", inputs: int = 1) -> Payload:
         "inference-header-content-length": str(len(head)),
     }
     path = f"/v2/models/{model}/infer"
-    name = "V2 tensor" if inputs == 1 else f"V2 tensor of {inputs}"
+    name = _named(model, "V2 tensor" if inputs == 1 else f"V2 tensor of {inputs}")
     read = partial(_read_tail, classes=len(MODELS[model].labels), inputs=inputs)
     return Payload(name, model, path, tuple(bodies), read, headers, inputs=inputs)
 

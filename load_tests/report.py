@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from dotenv import dotenv_values
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +34,7 @@ from load_tests.servers import ROOT
 from service.models import MODELS
 from service.providers import profile_of
 from service.repository import Repository
-from service.settings import Settings
+from service.settings import Settings, cores, settings_file
 
 LIBRARIES: Final = ("bentoml", "uvicorn", "uvloop", "httptools", "onnxruntime", "numpy", "grpcio")
 
@@ -85,7 +86,7 @@ def surroundings(models: Path) -> dict[str, Any]:
         digest = files.card["files"][files.variant]["sha256"][:12]
         networks[model] = f"{files.version} {files.variant}, sha256 {digest}"
     return {
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "processor": _processor(),
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
@@ -93,12 +94,20 @@ def surroundings(models: Path) -> dict[str, Any]:
         "wrk": generators.version("wrk"),
         "networks": networks,
         "commit": _commit(),
-        "settings": {name: value for name, value in sorted(os.environ.items()) if _is_told(name)},
+        "settings": _settings(),
     }
 
 
+def _settings() -> dict[str, str]:
+    """What is set otherwise than by default, in the environment or in the file of settings."""
+    file = settings_file()
+    in_file = dotenv_values(file) if file is not None and file.is_file() else {}
+    said = {name: value or "" for name, value in {**in_file, **os.environ}.items() if _is_told(name)}
+    return dict(sorted(said.items()))
+
+
 def _is_told(name: str) -> bool:
-    hidden = ("KEY", "DATA", "MODELS", "PEERS")
+    hidden = ("KEY", "DATA", "MODELS", "PEERS", "SETTINGS")
     return name.startswith("QUINTET_") and not any(word in name for word in hidden)
 
 
@@ -146,15 +155,15 @@ def rows(outcome: Outcome) -> list[tuple[str, ...]]:
 
 def _row(outcome: Outcome, scenario: Scenario) -> tuple[str, ...]:
     rounds = outcome.results.get(scenario.name, [])
-    payload = scenario.payload.name
+    payload = scenario.what
     if scenario.connections is not None:
         payload += f", {scenario.connections} at a time"
     if scenario.open_after:
         payload += ", Poisson"
     if scenario.crowd:
         payload += f", {scenario.crowd}"
-    if len({row.payload.model for row in outcome.section.rows}) > 1:
-        payload = f"{scenario.payload.model}: {payload}"
+    if scenario.counts_decoding:
+        payload += ", decoded"
     head = (scenario.server.name, payload, str(scenario.server.workers))
     blank = [""] * (len(HEADINGS) - len(head) - 1)
     if scenario.name in outcome.absent:
@@ -247,7 +256,7 @@ def write(folder: Path, prefix: str, outcome: Outcome, conditions: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC)
     stem = f"{now:%Y-%m-%d}-{prefix}{outcome.section.name}"
-    record = {
+    record: dict[str, Any] = {
         "date": f"{now:%Y-%m-%d %H:%M} UTC",
         **conditions,
         "section": outcome.section.name,
@@ -279,6 +288,37 @@ def write(folder: Path, prefix: str, outcome: Outcome, conditions: Mapping[str, 
     if _plot(picture, outcome):
         written.append(picture)
     return written
+
+
+SUMMARY: Final = "README.md"
+
+
+def summarise(folder: Path) -> Path:
+    """Write what the latest run of each section found of its claims; the file."""
+    latest: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        # Runs under a name of their own are trials of something else.
+        if "claims" in record and path.stem == f"{record['date'][:10]}-{record['section']}":
+            latest[record["section"]] = record
+    lines = [
+        "# What the latest runs found",
+        "",
+        "Written by `python -m load_tests`; each section's own file tells machine, versions and every row.",
+        "",
+        "| section | must show | bound | found | | measured | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for section, record in latest.items():
+        link = f"[{section}]({record['date'][:10]}-{section}.md)"
+        doubt = " (see its warnings)" if record["warnings"] else ""
+        lines += [
+            f"| {link} | {claim['claim']} | {claim['bound']} | {claim['found']} | {claim['outcome']}{doubt} "
+            f"| {record['date']} | {record['commit']} |"
+            for claim in record["claims"]
+        ]
+    (folder / SUMMARY).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / SUMMARY
 
 
 def _markdown(record: Mapping[str, Any], outcome: Outcome) -> str:

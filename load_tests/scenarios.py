@@ -74,6 +74,11 @@ class Scenario:
     batch: int | None = None
 
     @property
+    def what(self) -> str:
+        """What is sent, or run."""
+        return self.payload.name if not self.is_bare or self.counts_decoding else "ready tensors"
+
+    @property
     def name(self) -> str:
         """The row's name."""
         details = [str(self.server.workers)]
@@ -85,7 +90,7 @@ class Scenario:
             details.append(self.crowd)
         if self.counts_decoding:
             details.append("decoding too")
-        return f"{self.server.name} {self.payload.name} ({', '.join(details)})"
+        return f"{self.server.name} {self.what} ({', '.join(details)})"
 
     @property
     def is_bare(self) -> bool:

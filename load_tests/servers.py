@@ -172,6 +172,10 @@ class Running:
                 f"{self.server.name} did not answer within {START_SECONDS} s:\n{self._last_lines()}"
             )
 
+    def is_alive(self) -> bool:
+        """Whether its first process runs."""
+        return self._process.poll() is None
+
     def _last_lines(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
 
