@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, Self
 
+from dotenv import dotenv_values
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,7 +24,8 @@ from service.models import MODELS
 MEBIBYTE = 1024 * 1024
 
 OTHERS: Final = frozenset(
-    f"QUINTET_{name}" for name in ("BROWSER", "CA_FILE", "DATA", "KEY", "SHARED_FOLDER", "URL")
+    f"QUINTET_{name}"
+    for name in ("BROWSER", "CA_FILE", "DATA", "KEY", "PEERS", "SETTINGS", "SHARED_FOLDER", "URL")
 )
 """Variables of the same family that are not the service's settings: the client's, the trainer's, its own."""
 
@@ -31,6 +33,9 @@ KUBERNETES: Final = re.compile(
     r"QUINTET_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP|SCTP)\w*)", re.ASCII
 )
 """Variables that Kubernetes sets for a Service named quintet, in the pods beside it."""
+
+SETTINGS_FILE: Final = "QUINTET_SETTINGS"
+"""Names a file of settings, as lines `QUINTET_<NAME>=value`; empty for none."""
 
 CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 
@@ -158,15 +163,28 @@ class Settings(BaseSettings):
         )
 
 
+def settings_file() -> Path | None:
+    """The file that settings are read from beside the environment, there or not; None for none."""
+    named = os.environ.get(SETTINGS_FILE)
+    if named is None:
+        return Path(__file__).resolve().parents[1] / "quintet.env"
+    return Path(named) if named else None
+
+
 def read_settings() -> Settings:
-    """The settings of this environment.
+    """The settings of this environment, and of the file of settings where the environment says nothing.
 
     Raises:
-        SystemExit: one of them cannot be; the sentence says which, and why.
+        SystemExit: one of them cannot be, or a file that was named is not there; the sentence
+            says which, and why.
     """
-    _refuse_unknown(os.environ)
+    file = settings_file()
+    if file is not None and SETTINGS_FILE in os.environ and not file.is_file():
+        raise SystemExit(f"quintet: {SETTINGS_FILE} names a file that is not there.")
+    in_file = dotenv_values(file) if file is not None and file.is_file() else {}
+    _refuse_unknown(in_file | os.environ)
     try:
-        return Settings()
+        return Settings(_env_file=file)
     except ValidationError as error:
         # What concerns several of them together has no place of its own.
         wrong = [
@@ -178,7 +196,7 @@ def read_settings() -> Settings:
         raise SystemExit(f'quintet: {error}; a list is written as JSON: ["…"].') from None
 
 
-def _refuse_unknown(environment: Mapping[str, str]) -> None:
+def _refuse_unknown(environment: Mapping[str, str | None]) -> None:
     """A misspelt setting would quietly be none.
 
     Raises:
@@ -188,7 +206,7 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
     for variable, value in sorted(environment.items()):
         name = variable.upper()
         # Kubernetes' QUINTET_PORT is an address; its others are known by their form.
-        is_kubernetes = KUBERNETES.fullmatch(name) or value.startswith(("tcp://", "udp://"))
+        is_kubernetes = KUBERNETES.fullmatch(name) or (value or "").startswith(("tcp://", "udp://"))
         if name.startswith("QUINTET_") and name not in (*OTHERS, *known) and not is_kubernetes:
             close = difflib.get_close_matches(name, known, 1)
             advice = f"did you mean {close[0]}?" if close else "service/settings.py lists all there are."

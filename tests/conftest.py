@@ -68,6 +68,8 @@ class QuintetServer:
         environment |= {f"QUINTET_{name.upper()}": _as_text(value) for name, value in self.settings.items()}
         # BentoML empties a folder in its home at every start: two servers must not share one.
         environment |= {"BENTOML_HOME": str(folder / "bentoml"), "BENTOML_DO_NOT_TRACK": "True"}
+        # What was tuned for this machine must not change what is tested.
+        environment.setdefault("QUINTET_SETTINGS", "")
         self._command = [
             sys.executable, "-m", "bentoml", "serve", "service:Quintet", "--port", str(self.http_port)
         ]  # fmt: skip
