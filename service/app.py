@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import bentoml
 import click
@@ -41,6 +41,9 @@ from service.providers import Profile, ProviderRefused, profile_of, refuse_witho
 from service.repository import Repository, RepositoryError
 from service.rest import RestDoor
 from service.settings import MEBIBYTE, Settings, read_settings
+
+if TYPE_CHECKING:
+    from service.tracing import Tracer
 
 FAILED: Final = "failed"
 """The file in the shared folder that says that a worker could not start."""
@@ -88,7 +91,15 @@ class House:
         self._folder = folder = Path(named) if named else _shared_folder()
         self._board = Board(folder)
         self.plane = DataPlane(settings, self._board, Commands(folder))
-        self.rest = RestDoor(self.plane, self._board)
+        self._tracer: Tracer | None = None
+        if settings.trace_url is None:
+            self.rest = RestDoor(self.plane, self._board)
+        else:
+            # Loaded only here: who traces nothing pays nothing.
+            from service import tracing
+
+            self._tracer = tracing.Tracer(settings.trace_url, settings.trace_share)
+            self.rest = tracing.TracedRestDoor(self.plane, self._board, self._tracer)
         self._grpc = GrpcDoor(self.plane)
         self._loading: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -164,6 +175,8 @@ class House:
         await self._grpc.stop(self.settings.grace_seconds)
         await self.plane.finish(self.settings.grace_seconds)
         self._board.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
 
 class QuintetService(Service[Any]):

@@ -104,6 +104,8 @@ class Batcher:
     callers nothing but the refusal; what was admitted is either run or released.
     """
 
+    job_type: type[Job] = Job
+
     def __init__(
         self,
         run: RunNetwork,
@@ -189,7 +191,7 @@ class Batcher:
             InternalError: the network failed on one of these samples.
         """
         loop = asyncio.get_running_loop()
-        job = Job(samples, deadline, loop.create_future())
+        job = self.job_type(samples, deadline, loop.create_future())
         if self._length_of is not None:
             job.lengths = list(map(self._length_of, samples))
             job.waiting = list(range(len(samples)))

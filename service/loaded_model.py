@@ -57,7 +57,7 @@ class LoadedModel:
         longest_batch_ms = settings.inline_ms if inline else policy.batch_ms
         fits = max(1, int(longest_batch_ms / 1000 / seconds))
         length_axis = _length_axis(room)
-        self.batcher = Batcher(
+        self.batcher = _batcher_type(settings)(
             self.network.run,
             queue_size=policy.queue_size,
             max_batch=policy.max_batch if length_axis is not None else min(policy.max_batch, fits),
@@ -76,6 +76,15 @@ class LoadedModel:
             self.network.provider,
             files.card["files"][files.variant]["sha256"],
         )
+
+
+def _batcher_type(settings: Settings) -> type[Batcher]:
+    """The plain one, unless requests are traced."""
+    if settings.trace_url is None:
+        return Batcher
+    from service.tracing import TracedBatcher
+
+    return TracedBatcher
 
 
 def _length_axis(room: Room) -> int | None:

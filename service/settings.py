@@ -138,6 +138,14 @@ class Settings(BaseSettings):
     access_log_share: float = Field(
         0.0, ge=0, le=1, description="of all requests, the share that the log tells of; never what they held"
     )
+    trace_url: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="OTLP receiver of spans: http://localhost:4318; none: off",
+    )
+    trace_share: float = Field(
+        1.0, ge=0, le=1, description="of the requests whose caller has not decided, the share that is traced"
+    )
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="least level logged")
 
     @field_validator("policies")

@@ -1,0 +1,244 @@
+"""Where one request's time went: spans in OpenTelemetry's form, W3C trace context, OTLP over HTTP.
+
+    POST /digit     from its first byte to its answer; the caller's span is its parent
+    ├── decode      the body read, its inputs turned into tensors
+    ├── queue       waiting for a batch
+    ├── run         a batch in the network; linked to that batch
+    └── answer      rows turned into an answer
+    batch           of a trace of its own; linked to every traced request in it
+
+Nothing of this is loaded unless `QUINTET_TRACE_URL` is set: then the doors and the batchers are
+those of this module, which do what the plain ones do and take notes. Spans hold names and numbers,
+never what was sent.
+"""
+
+import time
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple
+
+import structlog
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from service.batcher import Batcher, Job, Row, Slot
+from service.data_plane import DataPlane
+from service.http import Request, Response
+from service.loaded_model import LoadedModel
+from service.metrics import Board
+from service.models.spec import Sample
+from service.rest import RestDoor
+from service.version import VERSION
+
+RESPONSE: Final = "traceresponse"
+"""Tells callers which trace their request is in (W3C Trace Context, level 2)."""
+
+
+class Turn(NamedTuple):
+    """A batch that some of a job's samples ran in; seconds by `time.perf_counter`."""
+
+    batch: SpanContext
+    started: float
+    ended: float
+
+
+class Trace:
+    """What is noted of one request until it is answered."""
+
+    __slots__ = ("jobs", "offset_ns", "span", "started", "tracer")
+
+    def __init__(self, tracer: "Tracer", span: Span, started: float, offset_ns: int) -> None:
+        self.tracer = tracer
+        self.span = span
+        self.started = started
+        self.offset_ns = offset_ns
+        self.jobs: list[TracedJob] = []
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether anybody will see it."""
+        return self.span.is_recording()
+
+    @property
+    def response(self) -> str:
+        """The value of `traceresponse`."""
+        context = self.span.get_span_context()
+        return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+CURRENT: ContextVar[Trace | None] = ContextVar("trace", default=None)
+"""That of the request that is being answered here."""
+
+
+class Tracer:
+    """Makes spans, and sends them."""
+
+    def __init__(self, url: str, share: float) -> None:
+        """Send spans to the OTLP receiver at `url`.
+
+        Args:
+            url: Of its HTTP door; `/v1/traces` is appended.
+            share: Of the requests whose caller has not decided, those that are traced.
+        """
+        resource = Resource.create({"service.name": "quintet", "service.version": VERSION})
+        processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=f"{url.rstrip('/')}/v1/traces"))
+        self._providers: list[TracerProvider] = []
+
+        def tracer(sampler: Sampler) -> Any:
+            provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
+            provider.add_span_processor(processor)
+            self._providers.append(provider)
+            return provider.get_tracer("quintet", VERSION)
+
+        self._requests = tracer(ParentBased(TraceIdRatioBased(share)))
+        # Of batches those with a traced request in them, and those surely.
+        self._batches = tracer(ALWAYS_ON)
+        self._propagator = TraceContextTextMapPropagator()
+
+    def begin(self, traceparent: bytes | None, tracestate: bytes | None) -> Trace:
+        """Note that a request has come; both are the caller's headers of that name."""
+        started = time.perf_counter()
+        offset_ns = time.time_ns() - int(started * 1e9)
+        carrier = {}
+        if traceparent is not None:
+            carrier["traceparent"] = traceparent.decode("latin-1")
+        if tracestate is not None:
+            carrier["tracestate"] = tracestate.decode("latin-1")
+        span = self._requests.start_span(
+            "request",
+            context=self._propagator.extract(carrier, Context()),
+            kind=SpanKind.SERVER,
+            start_time=_ns(started, offset_ns),
+        )
+        return Trace(self, span, started, offset_ns)
+
+    def end(
+        self, trace: Trace, name: str, loaded: LoadedModel | None, outcome: str, *, is_our_fault: bool
+    ) -> None:
+        """Note that it is answered; `name` and `outcome` are of closed sets."""
+        if not trace.is_recorded:
+            return
+        span, ended = trace.span, time.perf_counter()
+        span.update_name(name)
+        span.set_attribute("quintet.outcome", outcome)
+        if loaded is not None:
+            span.set_attribute("quintet.model", loaded.room.name)
+            span.set_attribute("quintet.version", loaded.version)
+        if is_our_fault:
+            span.set_status(Status(StatusCode.ERROR))
+        for job in trace.jobs:
+            self._part(trace, "decode", trace.started, job.entered)
+            if job.turns:
+                self._part(trace, "queue", job.entered, job.turns[0].started)
+                for turn in job.turns:
+                    self._part(trace, "run", turn.started, turn.ended, [Link(turn.batch)])
+                self._part(trace, "answer", job.turns[-1].ended, ended)
+            span.set_attribute("quintet.inputs", len(job.samples))
+        span.end(_ns(ended, trace.offset_ns))
+
+    def _part(
+        self, trace: Trace, name: str, started: float, ended: float, links: Sequence[Link] = ()
+    ) -> None:
+        parent = _within(trace.span)
+        offset_ns = trace.offset_ns
+        part = self._requests.start_span(
+            name, context=parent, links=links, start_time=_ns(started, offset_ns)
+        )
+        part.end(_ns(max(started, ended), offset_ns))
+
+    def batch(self, traces: Sequence[Trace], size: int, started: float, ended: float) -> SpanContext:
+        """Note a batch that these requests had samples in."""
+        offset_ns = traces[0].offset_ns
+        span = self._batches.start_span(
+            "batch",
+            context=Context(),
+            links=[Link(trace.span.get_span_context()) for trace in traces],
+            attributes={"quintet.batch_size": size},
+            start_time=_ns(started, offset_ns),
+        )
+        span.end(_ns(ended, offset_ns))
+        context: SpanContext = span.get_span_context()
+        return context
+
+    def close(self) -> None:
+        """Send what is left; blocks."""
+        for provider in self._providers:
+            provider.shutdown()
+
+
+class TracedJob(Job):
+    """A job that knows whose it is, and which batches it was in."""
+
+    __slots__ = ("trace", "turns")
+
+    def __init__(self, samples: Sequence[Sample], deadline: float | None, future: Any) -> None:
+        super().__init__(samples, deadline, future)
+        self.turns: list[Turn] = []
+        self.trace = CURRENT.get()
+        if self.trace is not None:
+            self.trace.jobs.append(self)
+
+
+class TracedBatcher(Batcher):
+    """A batcher that notes its batches."""
+
+    job_type = TracedJob
+
+    def _finish(self, batch: list[Slot], result: list[Row] | Exception, seconds: float) -> None:
+        if not isinstance(result, Exception):
+            jobs = {id(job): job for job, _ in batch if isinstance(job, TracedJob)}.values()
+            traced = {id(job.trace): job.trace for job in jobs if job.trace and job.trace.is_recorded}
+            if traced:
+                traces, ended = list(traced.values()), time.perf_counter()
+                context = traces[0].tracer.batch(traces, len(batch), ended - seconds, ended)
+                for job in jobs:
+                    job.turns.append(Turn(context, ended - seconds, ended))
+        super()._finish(batch, result, seconds)
+
+
+class TracedRestDoor(RestDoor):
+    """The HTTP door, with a span for every request to a model or the protocol."""
+
+    def __init__(self, plane: DataPlane, board: Board, tracer: Tracer) -> None:
+        super().__init__(plane, board)
+        self._tracer = tracer
+
+    async def answer(self, request: Request) -> Response | None:
+        """The answer, which says in which trace it is."""
+        if not self.takes(request.path):
+            return await super().answer(request)
+        headers = request.headers
+        trace = self._tracer.begin(headers.get(b"traceparent"), headers.get(b"tracestate"))
+        token = CURRENT.set(trace)
+        response: Response | None = None
+        try:
+            with structlog.contextvars.bound_contextvars(trace_id=trace.response.split("-")[1]):
+                response = await super().answer(request)
+        finally:
+            CURRENT.reset(token)
+            loaded = request.asked
+            is_machine = request.path.startswith("/v2/")
+            # Never the path itself: strangers may ask for anything.
+            place = f"/{loaded.room.name}" if loaded else "/v2" if is_machine else "/"
+            name = f"{request.method} {'/v2/models' if is_machine and loaded else ''}{place}"
+            status = 0 if response is None else response.status
+            outcome = {0: "caller gone", 200: "ok"}.get(status, str(status))
+            self._tracer.end(trace, name, loaded, outcome, is_our_fault=status >= 500)
+        if response is not None:
+            response.headers += ((RESPONSE.encode(), trace.response.encode()),)
+        return response
+
+
+def _ns(seconds: float, offset_ns: int) -> int:
+    """A moment by `time.perf_counter` in nanoseconds since 1970."""
+    return int(seconds * 1e9) + offset_ns
+
+
+def _within(span: Span) -> Context:
+    return set_span_in_context(span, Context())
