@@ -1,9 +1,10 @@
 """The digit network in MLServer, as https://docs.seldon.ai/mlserver says: a custom runtime, batched.
 
-`mlserver start FOLDER` reads the folder's settings, which `python mlserver_digit.py FOLDER` writes.
+`python mlserver_digit.py FOLDER` writes the folder's settings and becomes `mlserver start FOLDER`.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -54,5 +55,15 @@ def write_settings(folder: Path) -> None:
     (folder / "model-settings.json").write_text(json.dumps(model))
 
 
+def main() -> None:
+    """Become MLServer."""
+    folder = Path(sys.argv[1])
+    write_settings(folder)
+    # Its workers import this file by its name.
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    program = Path(sys.executable).with_name("mlserver")
+    os.execv(program, [str(program), "start", str(folder)])
+
+
 if __name__ == "__main__":
-    write_settings(Path(sys.argv[1]))
+    main()

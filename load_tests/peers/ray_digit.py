@@ -1,6 +1,14 @@
 """The digit network in Ray Serve, as https://docs.ray.io/en/latest/serve says: replicas that batch."""
 
+import os
+import shutil
+import signal
+import sys
+import tempfile
 import time
+
+# One machine, one caller: no tokens to be kept, and no reports to anybody.
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 
 import ray
 from network import MAX_BATCH, PORT, WORKERS, Network, answer, decode
@@ -30,9 +38,22 @@ class Digit:
         return await self.run(decode(await request.body()))
 
 
+def main() -> None:
+    """Serve until told to stop, and leave nothing behind."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
+    # Ray's sockets lie in it, whose paths may not be long.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, _temp_dir=folder)
+        serve.start(http_options={"host": "127.0.0.1", "port": PORT, "access_log": False})
+        quiet = Digit.options(logging_config={"enable_access_log": False})
+        serve.run(quiet.bind(), route_prefix="/digit")
+        while True:
+            time.sleep(1)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 if __name__ == "__main__":
-    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT, "access_log": False})
-    serve.run(Digit.options(logging_config={"enable_access_log": False}).bind(), route_prefix="/digit")
-    while True:
-        time.sleep(1)
+    main()
