@@ -6,15 +6,27 @@
     python -m load_tests start                        start to ready, first requests beside later ones
     python -m load_tests tune                         the best settings for this machine
 
+Whether the service is right, rather than how fast it is, say (each with a server of its own):
+
+    python -m load_tests storm --times 1000           200 requests of every kind in flight together
+    python -m load_tests soak --minutes 5             80 % of what it can do, every answer checked
+    python -m load_tests schema --minutes 5           what its own description allows, and what it does not
+    python -m load_tests fuzz --minutes 5             nonsense at both doors
+
 Every round starts each server once, one at a time, and every other round goes the other way
 round, so that a machine that drifts favours nobody. Ends with 1 if a target is missed or an
 answer was wrong, with 2 if something could not be run, with 3 if the figures lie too far apart.
 """
 
 import sys
+from importlib import import_module
+from typing import Final
 
 from load_tests import bench
 from load_tests.peers import environments
+
+PROOFS: Final = ("storm", "soak", "schema", "fuzz")
+"""Modules with a `main` of their own."""
 
 
 def peers(arguments: list[str]) -> int:
@@ -50,6 +62,9 @@ def main(arguments: list[str]) -> int:
         from load_tests import tune
 
         return tune.main(rest)
+    if command in PROOFS:
+        proof = import_module(f"load_tests.{command}")
+        return int(proof.main(rest))
     return bench.main(arguments)
 
 

@@ -1,23 +1,27 @@
 """Nonsense for both doors: random bytes, cut and lying tensors, huge shapes, endless headers, slow bodies.
 
-    python -m load_tests.fuzz --port 3000 --grpc-port 3001 --seconds 300 --pid <the worker's>
+    python -m load_tests fuzz --minutes 5
 
-No answer may be a fault of the server's (5xx, INTERNAL), the server must live, and its memory stay flat.
+No answer may be a fault of the server's (5xx, INTERNAL), the server must live, and its memory stay flat
+within 5 %.
 """
 
-import argparse
 import json
 import random
 import socket
 import struct
 import time
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Final
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final, Self
 
 import grpc
 
+from load_tests import proof
+from load_tests.proof import Deviation, check_flat
+from load_tests.scenarios import HOST
+from load_tests.servers import Running
 from service.models import MODELS
 from service.proto import grpc_service_pb2 as pb
 
@@ -30,7 +34,8 @@ GOOD_CODES: Final = (
     "UNIMPLEMENTED",
     "DEADLINE_EXCEEDED",
 )
-MEBIBYTE: Final = 1024 * 1024
+SLOW_CALLERS: Final = 100
+"""Connections that send a byte now and then, and never come to an end."""
 
 
 def http_head(path: str, length: int, *headers: str) -> bytes:
@@ -104,7 +109,7 @@ HTTP: Final[tuple[Callable[[Chance], bytes], ...]] = (
 
 def http_status(port: int, sent: bytes) -> str:
     """What the HTTP door says to these bytes; `none` where it hangs up or waits for more."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection((HOST, port), timeout=5) as connection:
         connection.settimeout(0.5)
         try:
             connection.sendall(sent)
@@ -140,42 +145,87 @@ def grpc_status(infer: Callable[..., object], message: bytes) -> str:
     return "OK"
 
 
-def resident(pid: int) -> float:
-    """A process's resident memory, in mebibytes."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * 4096 / MEBIBYTE
+class SlowCallers:
+    """Callers who send their bodies a byte at a time; the oldest makes room for a new one."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._open: deque[socket.socket] = deque()
+
+    def send_a_byte_each(self) -> None:
+        """Add a caller, and have every one send its next byte."""
+        caller = socket.create_connection((HOST, self._port), timeout=5)
+        caller.sendall(http_head(f"/{next(iter(MODELS))}", 100_000))
+        self._open.append(caller)
+        for one in self._open:
+            # Those that the server has hung up on stay in line until it is their turn to go.
+            with suppress(OSError):
+                one.sendall(b"x")
+        if len(self._open) > SLOW_CALLERS:
+            self._open.popleft().close()
+
+    def __enter__(self) -> Self:
+        """Begin with nobody."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Hang up, all of them."""
+        while self._open:
+            self._open.popleft().close()
 
 
-def main() -> None:
-    """Send nonsense for a while and tell what came back."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def throw(
+    http_port: int, grpc_port: int, chance: Chance, seconds: float, look: Callable[[], object]
+) -> Counter[str]:
+    """Throw nonsense at both doors for a while, among slow callers; how often each answer came.
+
+    `look` is called now and then.
+
+    Raises:
+        Deviation: the server was at fault.
+    """
+    counted = Counter[str]()
+    give_up = time.monotonic() + seconds
+    with (
+        SlowCallers(http_port) as slow,
+        grpc.insecure_channel(f"{HOST}:{grpc_port}", [("grpc.enable_http_proxy", 0)]) as channel,
+    ):
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        while time.monotonic() < give_up:
+            for _ in range(20):
+                status = http_status(http_port, chance.choice(HTTP)(chance))
+                if status.startswith("5"):
+                    raise Deviation(f"the HTTP door says {status} to nonsense")
+                code = grpc_status(infer, grpc_message(chance))
+                if code not in GOOD_CODES:
+                    raise Deviation(f"the gRPC door says {code} to nonsense")
+                counted.update((f"HTTP {status}", code))
+            slow.send_a_byte_each()
+            look()
+    if http_status(http_port, b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") != "200":
+        raise Deviation("the server does not answer any more")
+    return counted
+
+
+def run(running: Running, seconds: float, chance: Chance) -> None:
+    """Throw nonsense at a server for a while and tell what came back.
+
+    Raises:
+        Deviation: the server was at fault, or its memory did not stay flat.
+    """
+    held: list[float] = []
+    counted = throw(
+        running.port, running.grpc_port, chance, seconds, lambda: held.append(running.memory_mib())
     )
-    parser.add_argument("--port", type=int, default=3000)
-    parser.add_argument("--grpc-port", type=int, default=3001)
-    parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pid", type=int, help="the worker whose memory is watched")
-    options = parser.parse_args()
-    chance, counted = Chance(options.seed), Counter[str]()
-    channel = grpc.insecure_channel(f"127.0.0.1:{options.grpc_port}", [("grpc.enable_http_proxy", 0)])
-    infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-    give_up, memory = time.monotonic() + options.seconds, []
-    while time.monotonic() < give_up:
-        for _ in range(50):
-            status = http_status(options.port, chance.choice(HTTP)(chance))
-            assert not status.startswith("5"), f"the server's fault: {status}"
-            counted[status] += 1
-            code = grpc_status(infer, grpc_message(chance))
-            assert code in GOOD_CODES, f"the server's fault: {code}"
-            counted[code] += 1
-        if options.pid:
-            memory.append(resident(options.pid))
-    print(dict(counted))
-    if memory:
-        print(f"resident memory in MiB: first {memory[0]:.0f}, last {memory[-1]:.0f}, most {max(memory):.0f}")
-    assert http_status(options.port, b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") == "200"
+    for answer, count in sorted(counted.items()):
+        print(f"{count:9,} {answer}")
+    check_flat(held)
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str]) -> int:
+    """Start a server and send it nonsense; 0 if it bore that well."""
+    parser = proof.parser_of("fuzz", __doc__)
+    parser.add_argument("--minutes", type=float, default=5, help="(default %(default)s)")
+    options = parser.parse_args(arguments)
+    chance = Chance(options.seed)
+    return proof.carry_out(options, lambda running: run(running, options.minutes * 60, chance))

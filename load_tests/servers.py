@@ -19,6 +19,8 @@ from load_tests.scenarios import HOST, Server
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 
+LOG: Final = "server.log"
+
 START_SECONDS: Final = 120
 """How long a server may take until it answers."""
 
@@ -81,7 +83,7 @@ class Running:
             "PEER_NETWORK": str(network or ""),
             **server.environment,
         }
-        self._log = scratch / "server.log"
+        self._log = scratch / LOG
         self._family: set[psutil.Process] = set()
 
     def __enter__(self) -> Self:
