@@ -18,6 +18,7 @@ from service.proto import grpc_service_pb2 as pb
 from tests.conftest import LaunchQuintet, QuintetServer, StartQuintet
 
 from .knocking import INFER, GrpcClient, http_client, picture_request, tensor
+from .refusals import check_grpc_error, check_problem, check_v2_error
 
 SECRET = "a key that a machine made up"
 DIGEST = f"sha256:{hashlib.sha256(SECRET.encode()).hexdigest()}"
@@ -49,7 +50,11 @@ ORIGIN = "https://page.example"
 
 @pytest.fixture(scope="module")
 def server(start_quintet: StartQuintet) -> Iterator[QuintetServer]:
-    settings: dict[str, Any] = {"api_keys": [DIGEST], "cors_origins": [ORIGIN], "access_log_share": 1}
+    settings: dict[str, Any] = {
+        "api_keys": [DIGEST, "sécond"],
+        "cors_origins": [ORIGIN],
+        "access_log_share": 1,
+    }
     with start_quintet(workers=1, drain_seconds=0, **settings) as quintet:
         yield quintet
 
@@ -65,6 +70,51 @@ def test_the_key_opens_and_its_digest_does_not(server: QuintetServer, digit_png:
         for word, status in [(SECRET, 200), (DIGEST, 401), (DIGEST.removeprefix("sha256:"), 401)]:
             headers = {"Authorization": f"Bearer {word}"}
             assert client.post("/digit", content=digit_png, headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(None, id="no key"),
+        pytest.param("Bearer wrong", id="a wrong key"),
+        pytest.param(f"Bearer {SECRET[:-1]}", id="a key cut short"),
+        pytest.param("Bearer", id="an empty key"),
+        pytest.param(SECRET, id="a key without its scheme"),
+        pytest.param(f"Basic {SECRET}", id="another scheme"),
+    ],
+)
+def test_without_a_key_nobody_learns_even_what_there_is(
+    server: QuintetServer, digit_png: bytes, given: str | None
+) -> None:
+    with http_client(server, headers={} if given is None else {"Authorization": given}) as client:
+        for response in (client.post("/digit", content=digit_png), client.get("/nothing")):
+            check_problem(response, 401)
+        for path in ("/v2/models/digit", "/v2/nothing"):
+            check_v2_error(client.get(path), 401)
+        check_v2_error(client.post("/v2/repository/models/digit/unload"), 401)
+    metadata = () if given is None else (("authorization", given),)
+    with GrpcClient(server.grpc_address) as grpc_client:
+        for method in ("ModelInfer", "ModelMetadata", "ServerMetadata", "RepositoryModelUnload"):
+            check_grpc_error(grpc_client.refusal(method, metadata=metadata), 401)
+
+
+@pytest.mark.parametrize("given", [f"bearer {SECRET}", "Bearer sécond"])
+def test_every_right_key_opens_the_http_door(server: QuintetServer, digit_png: bytes, given: str) -> None:
+    with http_client(server, headers={"Authorization": given.encode()}) as client:
+        assert client.post("/digit", content=digit_png).status_code == 200
+        assert client.get("/v2/models/digit").status_code == 200
+
+
+def test_the_right_key_opens_the_grpc_door(server: QuintetServer, digit_png: bytes) -> None:
+    with GrpcClient(server.grpc_address) as client:
+        metadata = (("authorization", f"Bearer {SECRET}"),)
+        assert client.call("ModelInfer", picture_request(digit_png), metadata=metadata).model_name == "digit"
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
+def test_operators_need_no_key(server: QuintetServer, path: str) -> None:
+    with http_client(server) as client:
+        assert client.get(path).status_code == 200
 
 
 def test_an_allowed_origin_may_ask_and_read(client: httpx.Client, digit_png: bytes) -> None:

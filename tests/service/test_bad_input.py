@@ -1,11 +1,13 @@
-"""Every row of the contract's table of errors, through both doors, and the service is well afterwards."""
+"""Wrong requests in every form that we could think of, and the service is well afterwards.
+
+The digit model stands for all: what is the same for each is in `test_error_table.py`.
+"""
 
 import base64
 import gzip
 import json
 import re
 import socket
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import psutil
 import pytest
 
 from service.proto import grpc_service_pb2 as pb
-from tests.conftest import MODELS_FOLDER, ROOT, QuintetServer, StartQuintet
+from tests.conftest import QuintetServer
 
 from .knocking import (
     INFER,
@@ -28,31 +30,15 @@ from .knocking import (
     binary,
     encoded,
     floats_in,
-    http_client,
     infer_request,
     picture_request,
     png_claiming,
     tensor,
     with_binary,
 )
+from .refusals import check_grpc_error, check_problem, check_v2_error
 
 MEBIBYTE = 1024 * 1024
-
-GRPC_STATUS = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    403: grpc.StatusCode.PERMISSION_DENIED,
-    404: grpc.StatusCode.NOT_FOUND,
-    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-}
-
-INSIDE = re.compile(
-    r"traceback|\.py\b|\bline \d|<class|0x[0-9a-f]{6}|errno|numpy|onnx|opencv|cv2|orjson|zlib|protobuf|"
-    r"multipart_?parser|[a-z]Error\b|Exception",
-    re.IGNORECASE,
-)
-"""What no answer for strangers may hold."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,47 +50,6 @@ def the_next_good_request_works(
     assert ask_alone(http, digit_png) == pytest.approx(expected, abs=TOLERANCE)
     answer = grpc_client.call("ModelInfer", picture_request(digit_png))
     assert floats_in(answer)[0].tolist() == pytest.approx(expected, abs=TOLERANCE)
-
-
-def check_sentence(sentence: str) -> None:
-    """It tells a stranger what is wrong, and nothing of our insides."""
-    assert len(sentence.split()) >= 3
-    assert sentence.rstrip().endswith((".", "/v2.")), sentence
-    assert not INSIDE.search(sentence), sentence
-    for folder in (ROOT, MODELS_FOLDER, Path(sys.prefix)):
-        assert str(folder) not in sentence
-
-
-def check_problem(response: httpx.Response, status: int, index: int | None = None) -> str:
-    """The refusal as people get it; its sentence."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    problem = response.json()
-    assert set(problem) == {"type", "title", "status", "detail"} | ({"index"} if index is not None else set())
-    assert problem["status"] == status
-    assert problem["type"].startswith("urn:")
-    assert problem["title"]
-    assert problem.get("index") == index
-    check_sentence(problem["detail"])
-    return str(problem["detail"])
-
-
-def check_v2_error(response: httpx.Response, status: int) -> str:
-    """The refusal as machines get it over HTTP; its sentence."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    (name, sentence), *others = response.json().items()
-    assert (name, others) == ("error", [])
-    check_sentence(sentence)
-    return str(sentence)
-
-
-def check_grpc_error(error: grpc.RpcError, status: int, index: int | None = None) -> str:
-    """The refusal over gRPC; its sentence."""
-    assert error.code() is GRPC_STATUS[status], error
-    assert dict(error.trailing_metadata()).get("index") == (None if index is None else str(index))
-    check_sentence(error.details())
-    return str(error.details())
 
 
 # ---- pictures, through every way in ----
@@ -202,11 +147,6 @@ def test_the_picture_at_fault_among_several_is_named(
     pictures = [digit_png] * 5
     pictures[index] = b"not a picture"
     assert "not a picture" in way(doors, pictures, index)
-
-
-@pytest.mark.parametrize("way", WAYS_FOR_SEVERAL)
-def test_too_many_pictures_are_refused(doors: Doors, digit_png: bytes, way: Way) -> None:
-    assert "256" in way(doors, [digit_png] * 257, None)
 
 
 def peak_bytes(process: psutil.Process) -> int:
@@ -488,17 +428,6 @@ def test_a_path_that_the_protocol_does_not_have(http: httpx.Client, path: str) -
     check_v2_error(http.get(path), 404)
 
 
-@pytest.mark.parametrize("verb", ["load", "unload"])
-@pytest.mark.parametrize("model", ["digit", "nothing"])
-def test_loading_and_unloading_is_forbidden(
-    http: httpx.Client, grpc_client: GrpcClient, verb: str, model: str
-) -> None:
-    check_v2_error(http.post(f"/v2/repository/models/{model}/{verb}", json={}), 403)
-    method = f"RepositoryModel{verb.capitalize()}"
-    request = getattr(pb, f"{method}Request")(model_name=model)
-    check_grpc_error(grpc_client.refusal(method, request), 403)
-
-
 # ---- for machines: tensors over HTTP ----
 
 ZEROS = [0] * 784
@@ -733,88 +662,6 @@ def test_a_wrong_tensor_over_grpc(grpc_client: GrpcClient, request_message: Any,
 @pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata", "ModelConfig", "RepositoryIndex"])
 def test_a_damaged_message_over_grpc(grpc_client: GrpcClient, method: str) -> None:
     assert "damaged" in check_grpc_error(grpc_client.refusal(method, b"\xff\xff"), 400)
-
-
-# ---- keys ----
-
-
-@pytest.fixture(scope="module")
-def locked(start_quintet: StartQuintet) -> Iterator[QuintetServer]:
-    """A service with keys."""
-    with start_quintet(api_keys=["first key", "sécond"], workers=1, drain_seconds=0) as server:
-        yield server
-
-
-GIVEN_KEYS = [
-    pytest.param(None, id="no key"),
-    pytest.param("Bearer wrong", id="a wrong key"),
-    pytest.param("Bearer first ke", id="a key cut short"),
-    pytest.param("Bearer", id="an empty key"),
-    pytest.param("first key", id="a key without its scheme"),
-    pytest.param("Basic first key", id="another scheme"),
-]
-
-
-@pytest.mark.parametrize("given", GIVEN_KEYS)
-def test_without_the_right_key_nobody_gets_in(
-    locked: QuintetServer, digit_png: bytes, given: str | None
-) -> None:
-    headers = {} if given is None else {"Authorization": given}
-    with http_client(locked, headers=headers) as client:
-        responses = [client.post("/digit", content=digit_png), client.get("/nothing")]
-        for response in responses:
-            check_problem(response, 401)
-            assert response.headers["www-authenticate"] == "Bearer"
-        for path in ("/v2/models/digit", "/v2/nothing"):
-            check_v2_error(client.get(path), 401)
-        check_v2_error(client.post("/v2/repository/models/digit/unload"), 401)
-        check_v2_error(client.post(INFER, content=b"{}"), 401)
-    metadata = () if given is None else (("authorization", given),)
-    with GrpcClient(locked.grpc_address) as client:
-        check_grpc_error(client.refusal("ModelInfer", picture_request(digit_png), metadata=metadata), 401)
-        request = pb.ModelMetadataRequest(name="digit")
-        check_grpc_error(client.refusal("ModelMetadata", request, metadata=metadata), 401)
-
-
-@pytest.mark.parametrize("given", ["Bearer first key", "bearer first key", "Bearer sécond"])
-def test_every_right_key_opens_the_http_door(locked: QuintetServer, digit_png: bytes, given: str) -> None:
-    with http_client(locked, headers={"Authorization": given.encode()}) as client:
-        assert client.post("/digit", content=digit_png).status_code == 200
-        assert client.get("/v2/models/digit").status_code == 200
-        check_v2_error(client.post("/v2/repository/models/digit/load"), 403)
-
-
-def test_the_right_key_opens_the_grpc_door(locked: QuintetServer, digit_png: bytes) -> None:
-    with GrpcClient(locked.grpc_address) as client:
-        metadata = (("authorization", "Bearer first key"),)
-        assert client.call("ModelInfer", picture_request(digit_png), metadata=metadata).model_name == "digit"
-
-
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
-def test_operators_need_no_key(locked: QuintetServer, path: str) -> None:
-    with http_client(locked) as client:
-        assert client.get(path).status_code == 200
-
-
-# ---- a model that is not there ----
-
-
-def test_a_model_that_is_not_loaded_is_unavailable(
-    start_quintet: StartQuintet, tmp_path: Path, digit_png: bytes
-) -> None:
-    with start_quintet(models=tmp_path, workers=1, drain_seconds=0) as server:
-        with http_client(server) as client:
-            for_people = client.post("/digit", content=digit_png)
-            check_problem(for_people, 503)
-            for_machines = client.post(INFER, content=b"{}")
-            check_v2_error(for_machines, 503)
-            assert for_people.headers["retry-after"] == for_machines.headers["retry-after"] == "1"
-            check_v2_error(client.get("/v2/models/digit/ready"), 503)
-            assert client.post("/v2/repository/index").json() == []
-        with GrpcClient(server.grpc_address) as client:
-            error = client.refusal("ModelInfer", picture_request(digit_png))
-            check_grpc_error(error, 503)
-            assert dict(error.trailing_metadata())["retry-after"] == "1"
 
 
 # ---- callers who hang up, and the end ----
