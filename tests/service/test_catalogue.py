@@ -6,11 +6,13 @@ import hashlib
 import json
 import shutil
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
@@ -282,44 +284,62 @@ def test_a_corrupt_version_leaves_the_one_before_it_serving_and_says_so(
     assert "the file was altered" in server.log_text()
 
 
-async def test_no_request_fails_while_versions_come_and_are_loaded_anew(
+RELOADS = 20
+
+
+async def test_no_request_fails_while_versions_are_loaded_anew_break_and_come(
     server: QuintetServer, models: Path
 ) -> None:
-    answered: dict[str, int] = {}
-    is_over = False
+    """Callers of all kinds ask without a pause, each on a connection that a reload must not cost them."""
+    answered: dict[str, Counter[str]] = {"people": Counter(), "http": Counter(), "grpc": Counter()}
+    picture, is_over = DIGIT.example["image"], False
 
-    # Each with a connection of its own, held: a reload must not cost anybody theirs.
-    async def ask() -> None:
-        async with httpx.AsyncClient(base_url=server.http_url, trust_env=False, timeout=30) as client:
+    def ask_as_people() -> None:
+        with http_client(server) as client:
             while not is_over:
-                response = await client.post("/digit", content=DIGIT.example["image"])
+                response = client.post("/digit", content=picture)
                 assert response.status_code == 200, response.text
-                version = response.json()["version"]
-                answered[version] = answered.get(version, 0) + 1
+                answered["people"][response.json()["version"]] += 1
 
-    def ask_over_grpc() -> int:
-        count = 0
+    def ask_as_machine_over_http() -> None:
+        sent = tritonclient.http.InferInput("image", [1], "BYTES")
+        sent.set_data_from_numpy(np.array([picture], np.object_))
+        with tritonclient.http.InferenceServerClient(server.http_address) as client:
+            while not is_over:
+                answer = client.infer("digit", [sent]).get_response()
+                answered["http"][answer["model_version"]] += 1
+
+    def ask_as_machine_over_grpc() -> None:
         with GrpcClient(server.grpc_address) as client:
             while not is_over:
-                assert client.call("ModelInfer", picture_request(DIGIT.example["image"])).model_version
-                count += 1
-        return count
+                answered["grpc"][client.call("ModelInfer", picture_request(picture)).model_version] += 1
 
-    asking = [asyncio.create_task(ask()) for _ in range(4)]
-    asking_over_grpc = asyncio.create_task(asyncio.to_thread(ask_over_grpc))
-    async with httpx.AsyncClient(base_url=server.http_url, trust_env=False, timeout=60) as client:
-        for _ in range(6):
-            response = await client.post("/v2/repository/models/digit/load", headers=ADMIN)
+    def load_anew() -> httpx.Response:
+        with http_client(server, headers=ADMIN) as client:
+            return client.post("/v2/repository/models/digit/load")
+
+    callers = [ask_as_people, ask_as_machine_over_http, ask_as_machine_over_grpc]
+    asking = [asyncio.create_task(asyncio.to_thread(caller)) for caller in callers]
+    try:
+        for _ in range(RELOADS):
+            response = await asyncio.to_thread(load_anew)
             assert response.status_code == 200, response.text
-    await asyncio.to_thread(add_version, models, 3)
-    # Each worker looks for itself, so for a moment callers may meet both.
-    for _ in range(100):
-        if await asyncio.to_thread(served_versions, server) == {"3"}:
-            break
-        await asyncio.sleep(0.1)
-    else:
-        raise AssertionError("not every worker serves version 3")
-    is_over = True
-    await asyncio.gather(*asking)
-    assert await asking_over_grpc > 10
-    assert set(answered) == {"2", "3"}
+        await asyncio.to_thread(add_version, models, 3, damaged=True)
+        refused = await asyncio.to_thread(load_anew)
+        assert "Version 3 of the model digit was not loaded" in refused.json()["error"]
+        assert all(set(versions) == {"2"} for versions in answered.values())
+        await asyncio.to_thread(add_version, models, 3)
+        # Each worker looks for itself, so for a moment callers may meet both.
+        for _ in range(300):
+            if await asyncio.to_thread(served_versions, server) == {"3"}:
+                break
+            await asyncio.sleep(0.1)
+        else:
+            raise AssertionError("not every worker serves version 3")
+    finally:
+        is_over = True
+        await asyncio.gather(*asking)
+    # Whoever was refused or cut off, once, has ended their thread with it.
+    for versions in answered.values():
+        assert set(versions) == {"2", "3"}
+        assert versions["2"] > RELOADS
