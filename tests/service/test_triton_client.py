@@ -15,9 +15,11 @@ import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException
 
 from service.models.spec import Room, Tensor
-from tests.conftest import SHIPPED, QuintetServer
+from tests.conftest import SHIPPED, QuintetServer, StartQuintet
 
 TOLERANCE = 1e-3
+FORMS = ("http", "grpc", "http.aio", "grpc.aio")
+ADMIN_KEY = "open sesame"
 
 every_model = pytest.mark.parametrize("room", SHIPPED.values(), ids=str)
 
@@ -85,7 +87,7 @@ def column(tensor: Tensor, example: Mapping[str, Any], count: int) -> np.ndarray
     return np.stack([np.asarray(value, tensor.dtype)] * count)
 
 
-@pytest.fixture(scope="module", params=["http", "grpc", "http.aio", "grpc.aio"])
+@pytest.fixture(scope="module", params=FORMS)
 def triton(request: pytest.FixtureRequest, quintet_server: QuintetServer) -> Iterator[Triton]:
     client = Triton(request.param, quintet_server)
     yield client
@@ -153,6 +155,35 @@ def test_the_index_lists_every_version(triton: Triton) -> None:
 def test_loading_is_for_the_administrator(triton: Triton, call: str) -> None:
     with pytest.raises(InferenceServerException, match="switched off"):
         getattr(triton, call)("digit")
+
+
+@pytest.fixture(scope="module")
+def administered(start_quintet: StartQuintet) -> Iterator[QuintetServer]:
+    """A service whose models its administrator may load and let go."""
+    with start_quintet(admin_key=ADMIN_KEY, workers=1, drain_seconds=0) as server:
+        yield server
+
+
+@every_model
+@pytest.mark.parametrize("form", FORMS)
+def test_the_administrator_lets_a_model_go_and_loads_it(
+    administered: QuintetServer, form: str, room: Room
+) -> None:
+    triton = Triton(form, administered)
+    # Names of metadata are small letters.
+    key = {"authorization": f"Bearer {ADMIN_KEY}"}
+    with pytest.raises(InferenceServerException, match="administrator's key"):
+        triton.unload_model(room.name)
+    triton.unload_model(room.name, headers=key)
+    with pytest.raises(InferenceServerException, match="is not loaded"):
+        triton.infer(room.name, triton.inputs(room))
+    index = triton.as_json("get_model_repository_index")
+    (entry,) = [one for one in (index["models"] if triton.is_grpc else index) if one["name"] == room.name]
+    assert entry["state"] == "UNAVAILABLE"
+    triton.load_model(room.name, headers=key)
+    assert triton.is_model_ready(room.name)
+    assert triton.infer(room.name, triton.inputs(room)).as_numpy(room.outputs[0].name) is not None
+    triton.close()
 
 
 # ---- inference ----
@@ -224,15 +255,15 @@ def test_the_likeliest_classes_come_with_their_labels(triton: Triton, room: Room
         assert label == room.labels[int(index)]
 
 
+@every_model
 @pytest.mark.parametrize("priority", [0, 1, 2, 3, 17])
-def test_a_request_may_say_how_urgent_it_is(triton: Triton, priority: int) -> None:
-    room = SHIPPED["digit"]
+def test_a_request_may_say_how_urgent_it_is(triton: Triton, room: Room, priority: int) -> None:
     result = triton.infer(room.name, triton.inputs(room), priority=priority, timeout=20_000_000)
-    assert result.as_numpy("label") is not None
+    assert result.as_numpy(room.outputs[0].name) is not None
 
 
-def test_a_time_that_is_too_short_is_not_exceeded(triton: Triton) -> None:
-    room = SHIPPED["digit"]
+@every_model
+def test_a_time_that_is_too_short_is_not_exceeded(triton: Triton, room: Room) -> None:
     with pytest.raises(InferenceServerException, match="deadline passed"):
         triton.infer(room.name, triton.inputs(room), timeout=1)
 
@@ -243,12 +274,13 @@ def test_texts_cannot_be_ranked(triton: Triton) -> None:
         triton.infer(room.name, triton.inputs(room), outputs=[triton.output("label", classes=1)])
 
 
-def test_shared_memory_is_told_to_stay_out(triton: Triton) -> None:
-    room = SHIPPED["digit"]
-    (sent,) = triton.inputs(room)
-    sent.set_shared_memory("region", 100)
+@every_model
+def test_shared_memory_is_told_to_stay_out(triton: Triton, room: Room) -> None:
+    sent = triton.inputs(room)
+    for one in sent:
+        one.set_shared_memory("region", 100)
     with pytest.raises(InferenceServerException, match="hared memory is not supported"):
-        triton.infer(room.name, [sent])
+        triton.infer(room.name, sent)
 
 
 # ---- statistics ----
@@ -370,15 +402,18 @@ def test_a_stream_answers_in_order_and_survives_a_bad_request(
     triton.close()
 
 
-async def test_a_stream_for_asyncio_answers_too(quintet_server: QuintetServer) -> None:
-    room = SHIPPED["digit"]
+@every_model
+async def test_a_stream_for_asyncio_answers_too(quintet_server: QuintetServer, room: Room) -> None:
     module = tritonclient.grpc.aio
-    sent = module.InferInput("image", [1], "BYTES")
-    sent.set_data_from_numpy(column(Tensor("image", "BYTES"), room.example, 1))
+    chosen = next(one for one in room.inputs if {tensor.name for tensor in one} == set(room.example))
+    sent = []
+    for tensor in chosen:
+        sent.append(module.InferInput(tensor.name, [1], tensor.datatype))
+        sent[-1].set_data_from_numpy(column(tensor, room.example, 1))
 
     async def requests() -> Any:
         for number in range(100):
-            yield {"model_name": "digit", "inputs": [sent], "request_id": str(number)}
+            yield {"model_name": room.name, "inputs": sent, "request_id": str(number)}
 
     async with module.InferenceServerClient(quintet_server.grpc_address) as client:
         seen = []
