@@ -52,9 +52,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class QuintetServer:
-    """One `bentoml serve` with its workers, on ports of its own."""
+    """One `bentoml serve` with its workers, on ports of its own; `what` may be a Bento."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, what: str = "service:Quintet", **settings: Any) -> None:
         self.settings = {"models": MODELS_FOLDER, "workers": 2, **settings}
         self._log = folder / "log"
         # Both sockets are open before one is closed, or the kernel might name a port twice.
@@ -71,14 +71,17 @@ class QuintetServer:
         # What was tuned for this machine must not change what is tested.
         environment.setdefault("QUINTET_SETTINGS", "")
         self._command = [
-            sys.executable, "-m", "bentoml", "serve", "service:Quintet", "--port", str(self.http_port)
+            sys.executable, "-m", "bentoml", "serve", what, "--port", str(self.http_port)
         ]  # fmt: skip
+        self._folder = ROOT if what == "service:Quintet" else folder
         self._environment = environment
         self.process = self._launch()
 
     def _launch(self) -> subprocess.Popen[bytes]:
         with self._log.open("wb") as log:
-            return subprocess.Popen(self._command, cwd=ROOT, env=self._environment, stdout=log, stderr=log)
+            return subprocess.Popen(
+                self._command, cwd=self._folder, env=self._environment, stdout=log, stderr=log
+            )
 
     def kill(self) -> None:
         """End it with all its processes at once, as a machine that loses its power does."""
