@@ -55,7 +55,7 @@ def install(peer: str) -> None:
     # Our own installer fills it, which spares each environment one.
     venv.create(folder, symlinks=True)
     pip = (sys.executable, "-m", "pip", "--python", str(python_of(peer)), "install")
-    quiet = ("--quiet", "--disable-pip-version-check", "--no-compile")
+    quiet = ("--quiet", "--disable-pip-version-check")
     requirements = REQUIREMENTS / f"{peer}.txt"
     done = subprocess.run(
         [*pip, *quiet, "-r", str(requirements)], capture_output=True, text=True, check=False
