@@ -28,6 +28,7 @@ import click
 import structlog
 import uvicorn.config
 from _bentoml_sdk.service.factory import Service
+from bentoml._internal.configuration.containers import BentoMLContainer
 
 from service import bento_face
 from service.commands import Commands
@@ -363,8 +364,10 @@ class Quintet:
             ) from None
         command = click.get_current_context(silent=True)
         if command is not None and "port" in command.params:
-            host, port = command.params["host"], int(command.params["port"])
-            _check_port(host, port, "REST", "take another with --port or BENTOML_PORT")
+            # What the command line leaves open is BentoML's configuration.
+            host = command.params["host"] or BentoMLContainer.http.host.get()
+            port = command.params["port"] or BentoMLContainer.http.port.get()
+            _check_port(host, int(port), "REST", "take another with --port or BENTOML_PORT")
         if settings.grpc_port:
             _check_port(settings.grpc_host, settings.grpc_port, "gRPC", "set QUINTET_GRPC_PORT to another")
         folder = _check_room(settings.workers)
