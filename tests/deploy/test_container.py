@@ -18,9 +18,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from load_tests.mixed import as_json
 from quintet_client import AsyncClient
 
-from load_tests.mixed import as_json
 from tests.conftest import ROOT, SHIPPED
 
 from .conftest import Load, free_port
@@ -206,9 +206,7 @@ async def test_a_killed_worker_is_replaced_and_costs_only_what_it_had_under_way(
         pytest.param("64m", {"QUINTET_MODELS": "/not/there"}, "no model repository", id="no models"),
         pytest.param("64m", {"QUINTET_RUNTIME": "abacus"}, "QUINTET_RUNTIME", id="an unknown value"),
         pytest.param("64m", {"QUINTET_WROKERS": "2"}, "QUINTET_WORKERS?", id="an unknown setting"),
-        pytest.param(
-            "64m", {"QUINTET_RUNTIME": "cuda"}, "QUINTET_RUNTIME (asks|is)", id="no GPU"
-        ),
+        pytest.param("64m", {"QUINTET_RUNTIME": "cuda"}, "QUINTET_RUNTIME (asks|is)", id="no GPU"),
         pytest.param("256k", {}, "No space left on device", id="a full disk"),
     ],
 )
