@@ -22,6 +22,7 @@ from load_tests import proof
 from load_tests.proof import Deviation, check_flat
 from load_tests.scenarios import HOST
 from load_tests.servers import Running
+from service import http2
 from service.models import MODELS
 from service.proto import grpc_service_pb2 as pb
 
@@ -33,6 +34,13 @@ GOOD_CODES: Final = (
     "RESOURCE_EXHAUSTED",
     "UNIMPLEMENTED",
     "DEADLINE_EXCEEDED",
+)
+PATHS: Final = (
+    b"/inference.GRPCInferenceService/ModelInfer",
+    b"/inference.GRPCInferenceService/ModelStreamInfer",
+    b"/grpc.health.v1.Health/Watch",
+    b"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    b"/",
 )
 SLOW_CALLERS: Final = 100
 """Connections that send a byte now and then, and never come to an end."""
@@ -145,6 +153,84 @@ def grpc_status(infer: Callable[..., object], message: bytes) -> str:
     return "OK"
 
 
+def right_frames(chance: Chance, number: int) -> bytes:
+    """A call with a message or two that may be none, or something small between calls."""
+    head = b"\x83\x86" + http2.literal(b":path", chance.choice(PATHS))
+    head += http2.literal(b"content-type", b"application/grpc")
+    if chance.random() < 0.3:
+        head += http2.literal(b"grpc-encoding", chance.choice([b"gzip", b"deflate", b"identity", b"br"]))
+    if chance.random() < 0.3:
+        head += http2.literal(b"grpc-timeout", chance.choice([b"1S", b"10m", b"1n", b"x", b""]))
+    frames = [(http2.HEADERS, http2.END_HEADERS, number, head)]
+    for _ in range(chance.randrange(3)):
+        message = grpc_message(chance)
+        length = chance.choice([len(message), len(message), len(message), 2**32 - 1, 1])
+        framed = struct.pack(">BI", chance.choice([0, 0, 0, 1, 7]), length) + message
+        cut = chance.randrange(len(framed) + 1)
+        frames += [(http2.DATA, 0, number, framed[:cut]), (http2.DATA, 0, number, framed[cut:])]
+    frames += chance.choice(
+        [
+            [(http2.DATA, http2.END_STREAM, number, b"")],
+            [(http2.RST_STREAM, 0, number, bytes(4))],
+            [(http2.PING, 0, 0, bytes(8))],
+            [(http2.WINDOW_UPDATE, 0, number, struct.pack(">I", chance.randrange(1, 1 << 20)))],
+            [
+                (
+                    http2.SETTINGS,
+                    0,
+                    0,
+                    struct.pack(">HI", http2.INITIAL_WINDOW_SIZE, chance.choice([0, 9, 1 << 20])),
+                )
+            ],
+            [],
+        ]
+    )
+    return b"".join(
+        http2.HEAD.pack(len(payload) << 8 | kind, flags, number) + payload
+        for kind, flags, number, payload in frames
+    )
+
+
+def wrong_frame(chance: Chance) -> bytes:
+    """A frame of any kind, of any stream, which may be longer or shorter than it says."""
+    payload = chance.choice(
+        [b"", bytes(4), bytes(8), b"\x83\x86\x84", chance.randbytes(chance.randrange(300))]
+    )
+    kind = chance.choice([http2.DATA, http2.HEADERS, *range(11), 0x77])
+    flags = chance.choice([0, 1, 4, 5, 5, 8, 0x20, 0xFF])
+    number = chance.choice([0, 1, 1, 3, 3, 5, 7, 2, 99, 2**31 - 1])
+    length = len(payload) if chance.random() < 0.9 else chance.randrange(1 << 24)
+    return http2.HEAD.pack(length << 8 | kind, flags, number) + payload
+
+
+def random_frames(chance: Chance) -> bytes:
+    """HTTP/2 that is right, nearly right, or none."""
+    frames = [http2.PREFACE + http2.HEAD.pack(http2.SETTINGS, 0, 0)]
+    if chance.random() < 0.05:
+        frames = [chance.choice([http2.PREFACE, b"", http2.PREFACE[:10]])]
+    wrongness = chance.choice([0, 0.05, 0.2, 1])
+    for number in range(1, chance.randrange(2, 60), 2):
+        wrong = chance.random() < wrongness
+        frames.append(wrong_frame(chance) if wrong else right_frames(chance, number))
+    return b"".join(frames)
+
+
+def http2_answer(port: int, sent: bytes) -> str:
+    """Whether the gRPC door says goodbye to these bytes, hangs up, or waits for more."""
+    with socket.create_connection((HOST, port), timeout=5) as connection:
+        connection.settimeout(0.05)
+        answer = b""
+        try:
+            connection.sendall(sent)
+            while part := connection.recv(65536):
+                answer += part
+        except TimeoutError:
+            return "HTTP/2 waits"
+        except OSError:
+            return "HTTP/2 hangs up"
+    return "HTTP/2 goodbye" if answer else "HTTP/2 hangs up"
+
+
 class SlowCallers:
     """Callers who send their bodies a byte at a time; the oldest makes room for a new one."""
 
@@ -199,7 +285,8 @@ def throw(
                 code = grpc_status(infer, grpc_message(chance))
                 if code not in GOOD_CODES:
                     raise Deviation(f"the gRPC door says {code} to nonsense")
-                counted.update((f"HTTP {status}", code))
+                frames = http2_answer(grpc_port, random_frames(chance))
+                counted.update((f"HTTP {status}", code, frames))
             slow.send_a_byte_each()
             look()
     if http_status(http_port, b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") != "200":

@@ -112,7 +112,7 @@ class House:
         """Open the doors and load the models behind them; `/readyz` says when they are there."""
         self._drain_on_signals()
         if self.settings.grpc_port:
-            await self._grpc.start(f"{self.settings.grpc_host}:{self.settings.grpc_port}")
+            await self._grpc.start(self.settings.grpc_host, self.settings.grpc_port)
         self._gauging = asyncio.create_task(self.plane.keep_gauging())
         self._loading = asyncio.create_task(self._load())
 
@@ -122,7 +122,7 @@ class House:
         except Exception as error:
             _give_up(self._folder, str(error))
         else:
-            await self._grpc.update_health()
+            self._grpc.update_health()
             self._watching = asyncio.create_task(self.plane.keep_watch())
             log.info("ready", models=[str(loaded.room) for loaded in self.plane.models()])
 
@@ -153,7 +153,7 @@ class House:
         answer asks its connection to close, so that none is cut while a request is on its way.
         """
         log.info("draining", seconds=self.settings.drain_seconds)
-        await self._grpc.update_health()
+        self._grpc.update_health()
         await asyncio.sleep(self.settings.drain_seconds)
         # Shut down rather than closed: refused at once, callers need not find out by waiting.
         for server in getattr(self._http_server, "servers", ()):

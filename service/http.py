@@ -95,7 +95,7 @@ class Request:
             raise _too_large(limit)
         coding = self.headers.get(b"content-encoding")
         if coding is not None and coding.lower() != b"identity":
-            body = await off_the_loop(len(body), _decompress, body, coding.lower(), limit)
+            body = await off_the_loop(len(body), decompress, body, coding.lower(), limit)
             self._count(len(body), plane)
         return body
 
@@ -147,7 +147,7 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"The body is too large; send at most {limit:,} bytes, also once decompressed.")
 
 
-def _decompress(body: bytes, coding: bytes, limit: int) -> bytes:
+def decompress(body: bytes, coding: bytes, limit: int) -> bytes:
     """Undo gzip or deflate, never beyond `limit` bytes (RFC 9110, section 8.4.1)."""
     if coding not in (b"gzip", b"x-gzip", b"deflate"):
         raise UnsupportedMediaType("The content coding is not served; send gzip, deflate or none.")
@@ -165,7 +165,7 @@ def _decompress(body: bytes, coding: bytes, limit: int) -> bytes:
                 raise BadInput("The compressed body ends too early; send all of it.")
             body = member.unused_data
     except zlib.error:
-        raise BadInput("The body is not compressed the way its Content-Encoding says.") from None
+        raise BadInput("The body is not compressed the way that it is said to be.") from None
     raise BadInput("The compressed body has too many members; compress it as one.")
 
 

@@ -69,8 +69,9 @@ def check_shape(name: str, shape: Sequence[Any], max_inputs: int) -> tuple[int, 
         BadInput: it is empty, negative, of more inputs than a request may have, or of more
             elements than fit anywhere.
     """
-    if not all(type(axis) is int and axis >= 0 for axis in shape):
-        raise BadInput(f"The shape of input {name!r} must be whole numbers from 0 up.")
+    for axis in shape:
+        if type(axis) is not int or axis < 0:
+            raise BadInput(f"The shape of input {name!r} must be whole numbers from 0 up.")
     if not shape or len(shape) > 8:
         raise BadInput(f"The shape of input {name!r} must have 1 to 8 axes, the batch first.")
     # Here already: taking millions of elements apart, only to refuse them, would take seconds.
@@ -327,6 +328,8 @@ def _column(tensor: Tensor, values: list[Any]) -> Array:
         column[:] = values
         return column
     arrays = [np.asarray(value, tensor.dtype) for value in values]
+    if len(arrays) == 1:
+        return arrays[0][np.newaxis]
     if len({array.shape for array in arrays}) == 1:
         return np.stack(arrays)
     longest = np.max([array.shape for array in arrays], axis=0)

@@ -41,6 +41,7 @@ FOREIGN = {
         "sklearn",
         "matplotlib",
         "pooch",
+        "grpc",
     },
     "quintet_client": {"torch", "bentoml", "onnxruntime", "cv2", "pydantic", "structlog"},
 }
@@ -50,9 +51,12 @@ HELD_BY_A_DATA_PLANE = {
     "service.app",
     "service.rest",
     "service.grpc_api",
+    "service.grpc_calls",
+    "service.grpc_standard",
     "service.data_plane",
     "service.http",
     "service.http1",
+    "service.http2",
 }
 """Serving itself, which nobody but the service has a use for."""
 
@@ -113,6 +117,7 @@ def test_what_serves_is_the_services_own_business(package: str) -> None:
 def test_the_batcher_and_the_rooms_know_no_protocol() -> None:
     protocols = {
         "grpc",
+        "hpack",
         "httptools",
         "uvicorn",
         "starlette",
@@ -120,6 +125,7 @@ def test_the_batcher_and_the_rooms_know_no_protocol() -> None:
         "python_multipart",
         "service.http",
         "service.http1",
+        "service.http2",
     }
     names = ("batcher", "lanes", "loaded_model", "catalogue", "data_plane", "runtime", "repository")
     rooms = (ROOT / "service" / "models").glob("*.py")

@@ -1,6 +1,7 @@
-"""Generates the messages of `grpc_service.proto`: `python -m service.proto FOLDER…`.
+"""Generates the messages of the `.proto` files beside it: `python -m service.proto FOLDER…`.
 
-Each folder gets `grpc_service_pb2.py` and, for type checkers, `grpc_service_pb2.pyi`.
+Each folder gets `grpc_service_pb2.py` and, for type checkers, `grpc_service_pb2.pyi`; the service's own
+folder also gets those of gRPC's standard services.
 """
 
 import base64
@@ -13,12 +14,13 @@ from google.protobuf import descriptor_pb2  # type: ignore[import-untyped,unused
 from grpc_tools import protoc  # type: ignore[import-untyped,unused-ignore]
 
 PROTO = Path(__file__).with_name("grpc_service.proto")
+STANDARD = [Path(__file__).with_name(name) for name in ("health.proto", "reflection.proto")]
 
 # protoc's own Python code puts every message into one pool for the whole process. The public
 # Triton client does so too, under the same names, and two files may not define one name:
 # whichever is imported second fails. It also demands the newest protobuf; this does not.
 TEMPLATE = '''\
-"""Generated from grpc_service.proto by `python -m service.proto`; do not edit.
+"""Generated from {name} by `python -m service.proto`; do not edit.
 
 The messages live in a pool of their own, so that other clients of the protocol, which
 define the same names, can be imported beside them.
@@ -55,28 +57,28 @@ for _name, _descriptor in DESCRIPTOR.message_types_by_name.items():
 '''
 
 
-def describe(types_folder: Path) -> bytes:
-    """Compile the proto: its serialized `FileDescriptorProto`, and its types in `types_folder`.
+def describe(types_folder: Path, proto: Path = PROTO) -> bytes:
+    """Compile a proto: its serialized `FileDescriptorProto`, and its types in `types_folder`.
 
     Raises:
         SystemExit: protoc refuses the file; it has said why on standard error.
     """
     with tempfile.TemporaryDirectory() as scratch:
         compiled = Path(scratch) / "set.binpb"
-        arguments = [f"-I{PROTO.parent}", f"--pyi_out={types_folder}", f"--descriptor_set_out={compiled}"]
-        status = protoc.main(["protoc", *arguments, PROTO.name])
+        arguments = [f"-I{proto.parent}", f"--pyi_out={types_folder}", f"--descriptor_set_out={compiled}"]
+        status = protoc.main(["protoc", *arguments, proto.name])
         if status:
             raise SystemExit(status)
         files = descriptor_pb2.FileDescriptorSet.FromString(compiled.read_bytes()).file
     return bytes(files[0].SerializeToString(deterministic=True))
 
 
-def generate(folder: Path) -> None:
+def generate(folder: Path, proto: Path = PROTO) -> None:
     """Write both generated files into `folder`."""
-    encoded = base64.b64encode(describe(folder)).decode()
+    encoded = base64.b64encode(describe(folder, proto)).decode()
     descriptor = textwrap.indent(textwrap.fill(encoded, 96), " " * 8)
-    module = folder / "grpc_service_pb2.py"
-    module.write_text(TEMPLATE.format(descriptor=descriptor), encoding="utf-8")
+    module = folder / f"{proto.stem}_pb2.py"
+    module.write_text(TEMPLATE.format(name=proto.name, descriptor=descriptor), encoding="utf-8")
     types = module.with_suffix(".pyi")
     # protoc's types do not pass a strict checker: that is protoc's to mend, not ours.
     types.write_text(f"# mypy: ignore-errors\n{types.read_text(encoding='utf-8')}", encoding="utf-8")
@@ -86,4 +88,8 @@ if __name__ == "__main__":
     if not sys.argv[1:]:
         raise SystemExit("usage: python -m service.proto FOLDER…")
     for name in sys.argv[1:]:
-        generate(Path(name))
+        folder = Path(name)
+        generate(folder)
+        if folder.resolve() == PROTO.parent.resolve():
+            for proto in STANDARD:
+                generate(folder, proto)

@@ -1,8 +1,11 @@
 """Who gets in and what is told of them: keys as digests, TLS, other origins, request ids, the access log."""
 
+import contextlib
 import hashlib
 import json
 import shutil
+import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from tests.conftest import LaunchQuintet, QuintetServer, StartQuintet
 
 from .knocking import INFER, GrpcClient, http_client, picture_request, tensor
 from .refusals import check_grpc_error, check_problem, check_v2_error
+from .wire import GREETING
 
 SECRET = "a key that a machine made up"
 DIGEST = f"sha256:{hashlib.sha256(SECRET.encode()).hexdigest()}"
@@ -231,6 +235,15 @@ def test_both_doors_speak_tls_and_nothing_else(
             assert live(pb.ServerLiveRequest(), timeout=30).live
         with GrpcClient(server.grpc_address) as client:
             assert client.refusal("ServerLive", timeout=5).code() is grpc.StatusCode.UNAVAILABLE
+        # Over TLS both sides say beforehand that they mean HTTP/2 (RFC 9113, section 3.2).
+        context = ssl.create_default_context(cafile=pair["tls_certificate"])
+        with (
+            socket.create_connection(("127.0.0.1", server.grpc_port), timeout=30) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as encrypted,
+            contextlib.suppress(ConnectionError),
+        ):
+            encrypted.sendall(GREETING)
+            assert encrypted.recv(1024) == b""
 
 
 @pytest.mark.parametrize("missing", ["tls_certificate", "tls_key"])

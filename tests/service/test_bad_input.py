@@ -209,6 +209,11 @@ def test_a_message_that_is_too_large_is_refused(
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def test_a_message_of_the_largest_size_is_read(grpc_client: GrpcClient) -> None:
+    error = grpc_client.refusal("ModelInfer", infer_request(bytes(16 * MEBIBYTE - 100)))
+    assert "784" in check_grpc_error(error, 400)
+
+
 def test_a_body_of_the_largest_size_is_read(http: httpx.Client) -> None:
     assert "not a picture" in check_problem(http.post("/digit", content=bytes(16 * MEBIBYTE)), 400)
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.grpc.aio
+from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from service.proto import grpc_service_pb2 as pb
+from service.proto import reflection_pb2
 from service.version import VERSION
 from tests.conftest import SHIPPED, QuintetServer
 
@@ -188,6 +190,7 @@ def test_reflection_names_the_services(described: ProtoReflectionDescriptorDatab
     assert set(described.get_services()) == {
         "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
     }
 
@@ -196,6 +199,56 @@ def test_reflection_names_the_services(described: ProtoReflectionDescriptorDatab
 def test_reflection_describes_each_service(described: ProtoReflectionDescriptorDatabase, name: str) -> None:
     file = described.FindFileContainingSymbol(name)
     assert name.rpartition(".")[2] in [service.name for service in file.service]
+
+
+def reflected(client: GrpcClient, **asked: Any) -> Any:
+    """The answer of reflection's first version to one question."""
+    ask = client.channel.stream_stream(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    (answer,) = ask(iter([reflection_pb2.ServerReflectionRequest(**asked)]), timeout=30)
+    return answer
+
+
+def test_reflection_in_its_first_version(grpc_client: GrpcClient) -> None:
+    services = [one.name for one in reflected(grpc_client, list_services="").list_services_response.service]
+    assert "inference.GRPCInferenceService" in services
+    for name in services:
+        answer = reflected(grpc_client, file_containing_symbol=name)
+        (content,) = answer.file_descriptor_response.file_descriptor_proto
+        file = descriptor_pb2.FileDescriptorProto.FromString(content)
+        assert name in [f"{file.package}.{service.name}" for service in file.service]
+        assert reflected(grpc_client, file_by_filename=file.name).file_descriptor_response == (
+            answer.file_descriptor_response
+        )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"file_containing_symbol": "inference.Nothing"},
+        {"file_by_filename": "nothing.proto"},
+        {"all_extension_numbers_of_type": "inference.Nothing"},
+        {"file_containing_extension": {"containing_type": "inference.ModelInferRequest"}},
+        {},
+    ],
+    ids=["symbol", "file", "type", "extension", "nothing"],
+)
+def test_reflection_of_what_is_not_there(grpc_client: GrpcClient, asked: dict[str, Any]) -> None:
+    assert reflected(grpc_client, **asked).error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
+
+
+def test_the_health_of_what_is_not_there(grpc_client: GrpcClient) -> None:
+    stub = health_pb2_grpc.HealthStub(grpc_client.channel)
+    request = health_pb2.HealthCheckRequest(service="no.such.Service")
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.Check(request, timeout=30)
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+    watching = stub.Watch(request, timeout=30)
+    assert next(watching).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+    watching.cancel()
 
 
 # ---- the public client ----
