@@ -110,7 +110,11 @@ class GrpcDoor:
             "RepositoryIndex": self._repository_index,
         }
         admin_calls = {"RepositoryModelLoad": self._load, "RepositoryModelUnload": self._unload}
-        methods = {name: self._plain(name, call) for name, call in calls.items()}
+        methods = {
+            # Whether it lives is told to everybody, as over HTTP.
+            name: self._plain(name, call, is_open=name in ("ServerLive", "ServerReady"))
+            for name, call in calls.items()
+        }
         for name, call in admin_calls.items():
             methods[name] = self._plain(name, call, is_admin=True)
         methods["ModelInfer"] = Method(self._infer, keeps_deadline=True)
@@ -119,11 +123,14 @@ class GrpcDoor:
             methods[name] = self._not_supported(words)
         return {f"/{SERVICE}/{name}".encode(): method for name, method in methods.items()}
 
-    def _plain(self, name: str, call: Callable[[Any], Any], *, is_admin: bool = False) -> Method:
+    def _plain(
+        self, name: str, call: Callable[[Any], Any], *, is_admin: bool = False, is_open: bool = False
+    ) -> Method:
         kind = getattr(pb, f"{name}Request")
 
         async def answer(asking: Call, message: bytes) -> bytes:
-            self._plane.check_key(asking.head.authorization)
+            if not is_open:
+                self._plane.check_key(asking.head.authorization)
             if is_admin:
                 self._plane.check_admin_key(asking.head.authorization)
             answered = call(read(kind, message))
@@ -182,6 +189,8 @@ class GrpcDoor:
 
     async def _stream_infer(self, call: Call, message: bytes) -> bytes:
         """Answer one request of a stream; one that fails is told so in its answer, and the stream goes on."""
+        # Who may not ask at all is not told so once for every request.
+        self._plane.check_key(call.head.authorization)
         request, response, failure = await self._answered(call, message)
         if failure is not None:
             whose = pb.ModelInferResponse(id=request.id) if request is not None else None
@@ -250,14 +259,16 @@ def _inputs(room: Room, request: Any, parameters: dict[str, Any], limit: int) ->
     """The request's tensors, from their raw or their typed form, as the room's inputs."""
     if not request.inputs:
         raise BadInput("The request must have inputs.")
+    for tensor in request.inputs:
+        if tensor.parameters:
+            # Before their contents are counted: those in shared memory have none.
+            open_inference.refuse_shared_memory(_parameters(tensor))
     raws: Sequence[bytes] = request.raw_input_contents
     if raws and len(raws) != len(request.inputs):
         raise BadInput("raw_input_contents must have one entry for each input, or none at all.")
     tensors = []
     for position, tensor in enumerate(request.inputs):
         shape = open_inference.check_shape(tensor.name, tensor.shape, limit)
-        if tensor.parameters:
-            open_inference.refuse_shared_memory(_parameters(tensor))
         if raws:
             raw = raws[position]
             tensors.append(open_inference.from_raw(tensor.name, tensor.datatype, shape, raw))

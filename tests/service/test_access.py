@@ -121,6 +121,24 @@ def test_operators_need_no_key(server: QuintetServer, path: str) -> None:
         assert client.get(path).status_code == 200
 
 
+def test_whether_it_lives_is_told_over_grpc_without_a_key(server: QuintetServer) -> None:
+    with GrpcClient(server.grpc_address) as client:
+        assert client.call("ServerLive").live
+        assert client.call("ServerReady").ready
+
+
+def test_a_stream_without_a_key_ends_at_once(server: QuintetServer, digit_png: bytes) -> None:
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        stream = channel.stream_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelStreamInferResponse.FromString,
+        )
+        with pytest.raises(grpc.RpcError) as refused:
+            list(stream(iter([picture_request(digit_png)]), timeout=30))
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 def test_an_allowed_origin_may_ask_and_read(client: httpx.Client, digit_png: bytes) -> None:
     asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     preflight = client.options("/digit", headers=asked)
