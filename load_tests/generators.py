@@ -206,6 +206,9 @@ def _h2load_once(
     if abs(data - due * requests) > 0.01 * due * requests:
         problems.append(f"{data} bytes of messages where {due * requests} were due")
     durations = [int(line.split("\t")[2]) / 1000 for line in log.read_text().splitlines()]
+    if len(durations) < 2 or not rate:
+        # A server that ends its streams at once, say.
+        return Load(0, 1.0, 0.0, 0.0, 0.0, (*problems, "no answers"))
     shares = quantiles(durations, n=100)
     return Load(requests, requests / rate, shares[49], shares[94], shares[98], tuple(problems))
 
