@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -43,6 +43,8 @@ WINDOWS_MS: Final = (0.0, 0.5, 2.0)
 BATCHES: Final = (8, 16, 32, 64, 128)
 
 Policy = dict[str, float]
+
+Measure = Callable[["Choice", Sequence[str]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,22 @@ def whole_values(count: int) -> dict[str, tuple[int, ...]]:
     return {"workers": counts, "lanes": tuple(sorted({1, 2, count})), "threads": tuple(sorted({0, 1, count}))}
 
 
-def search(trials: Trials, models: Sequence[str], count: int, start: Choice) -> Choice:
-    """The best settings that one pass over them finds."""
-    choice, rates = start, trials.rates(start, models)
+def search(measure: Measure, models: Sequence[str], count: int, start: Choice) -> Choice:
+    """The best settings that one pass over them finds.
+
+    Args:
+        measure: What each of some models answers in a second, under settings.
+        models: Whom to tune for.
+        count: Cores.
+        start: The settings to begin with, which stay where nothing gains.
+    """
+    choice, rates = start, measure(start, models)
     for name, values in whole_values(count).items():
         for value in values:
             if value == start.whole[name]:
                 continue
             other = choice.with_whole(name, value)
-            found = trials.rates(other, models)
+            found = measure(other, models)
             if gain(found, rates) >= LEAST_GAIN:
                 choice, rates = other, found
     defaults = Settings()
@@ -148,7 +157,7 @@ def search(trials: Trials, models: Sequence[str], count: int, start: Choice) -> 
         for amount in tried:
             if amount == getattr(defaults, name):
                 continue
-            found = trials.rates(choice.with_policies(name, dict.fromkeys(models, amount)), models)
+            found = measure(choice.with_policies(name, dict.fromkeys(models, amount)), models)
             for model in models:
                 if found[model] >= best[model][0] * LEAST_GAIN:
                     best[model] = (found[model], amount)
@@ -243,7 +252,7 @@ def main(given: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="quintet-tune-", ignore_cleanup_errors=True) as scratch:
             trials = Trials(options, Path(scratch), console)
             start = Choice({name: getattr(Settings(), name) for name in whole_values(machine_cores)})
-            chosen = search(trials, wanted, machine_cores, start)
+            chosen = search(trials.rates, wanted, machine_cores, start)
             if options.prove:
                 prove(trials, chosen, options.prove, machine_cores, console)
         write(target, chosen, options.models)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from load_tests.measurement import Measurement, Results, best
 from load_tests.peers import environments
 from load_tests.report import Outcome
 from load_tests.scenarios import Scenario, Section, quintet, sections
-from load_tests.tune import Choice, gain, write
+from load_tests.tune import Choice, gain, search, write
 from service.models import MODELS
 from service.models.digit import DIGIT
 from service.settings import SETTINGS_FILE, read_settings
@@ -254,6 +255,25 @@ def test_what_was_tuned_is_what_the_service_reads(tmp_path: Path, monkeypatch: p
     assert (settings.workers, settings.lanes, settings.threads) == (1, 2, 0)
     assert settings.policy("digit").max_batch == 16
     assert settings.policy("digit").batch_window_ms == 0.5
+
+
+def test_tuning_finds_the_peak_of_a_machine_that_is_known() -> None:
+    def measure(choice: Choice, models: Sequence[str]) -> dict[str, float]:
+        # One that likes two lanes, and whose texts gain by a window; the rest is within noise.
+        common = (
+            100 * (1.2 if choice.whole["lanes"] == 2 else 1.0) * (1.01 if choice.whole["threads"] else 1.0)
+        )
+        window = {model: choice.policies.get(model, {}).get("batch_window_ms", 0) for model in models}
+        return {
+            model: common * (1.3 if model == "sentiment" and window[model] == 2 else 1) for model in models
+        }
+
+    start = Choice({"workers": 2, "lanes": 1, "threads": 0})
+    found = search(measure, ["digit", "sentiment"], 2, start)
+    assert found.whole == {"workers": 2, "lanes": 2, "threads": 0}
+    assert {model: policy for model, policy in found.policies.items() if policy} == {
+        "sentiment": {"batch_window_ms": 2.0}
+    }
 
 
 def test_a_gain_is_that_of_all_models_together() -> None:
