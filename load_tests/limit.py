@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,10 +106,18 @@ class BareNetwork:
         session = self.session(way.threads)
         lanes = [_Lane() for _ in range(way.lanes)]
         starts = range(0, len(lanes) * way.batch, way.batch)
-        batches = [self._decoded(way.batch, start) if decodes else self._ready(way.batch) for start in starts]
+        feeds = self._ready(way.batch)
+        # Whole turns only: texts stand by length, and a part of them would be none of the average.
+        turn = 1 if decodes else len(feeds)
+        batches = [
+            self._decoded(way.batch, start)
+            if decodes
+            else itertools.cycle([partial(dict, feed) for feed in feeds])
+            for start in starts
+        ]
         session.run(self._outputs, next(batches[0])())
         threads = [
-            threading.Thread(target=lane.run, args=(session, self._outputs, ready, way.batch, seconds))
+            threading.Thread(target=lane.run, args=(session, self._outputs, ready, way.batch, turn, seconds))
             for lane, ready in zip(lanes, batches, strict=True)
         ]
         for thread in threads:
@@ -134,12 +143,11 @@ class BareNetwork:
                     break
         return max(rates, key=lambda way: rates[way])
 
-    def _ready(self, batch: int) -> Iterator[Callable[[], Feed]]:
-        """Batches stacked beforehand, for ever."""
+    def _ready(self, batch: int) -> list[Feed]:
+        """Batches stacked beforehand, of all samples together."""
         count = max(len(self._samples), batch)
         row = [self._samples[place * len(self._samples) // count] for place in range(count)]
-        feeds = [self._stacked(row[start : start + batch]) for start in range(0, count - batch + 1, batch)]
-        return itertools.cycle([lambda feed=feed: feed for feed in feeds])
+        return [self._stacked(row[start : start + batch]) for start in range(0, count - batch + 1, batch)]
 
     def _decoded(self, batch: int, start: int) -> Iterator[Callable[[], Feed]]:
         """Batches that are decoded and stacked when they are called for, for ever."""
@@ -175,10 +183,11 @@ class _Lane:
         outputs: Sequence[str],
         batches: Iterator[Callable[[], Feed]],
         size: int,
+        turn: int,
         seconds: float,
     ) -> None:
         began = now = time.perf_counter()
-        while now - began < seconds:
+        while now - began < seconds or len(self.durations) % turn:
             session.run(outputs, next(batches)())
             ended = time.perf_counter()
             self.durations.append(ended - now)

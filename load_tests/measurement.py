@@ -14,6 +14,10 @@ WIDEST_SPREAD: Final = 0.10
 """They agree when the most of them is above the least by no more than this share of their median."""
 
 
+RIVALS_SPREAD: Final = 0.25
+"""The same for peers: some never run evenly, and their targets are whole multiples away."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One row in one round.

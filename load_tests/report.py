@@ -20,6 +20,7 @@ from rich.table import Table
 from load_tests import generators
 from load_tests.claims import Verdict
 from load_tests.measurement import (
+    RIVALS_SPREAD,
     WIDEST_SPREAD,
     Measurement,
     Results,
@@ -70,7 +71,9 @@ class Outcome:
             for name, rounds in self.results.items()
             if is_valid(rounds) and len(rounds) == most and most > 1
         }
-        return {name: spread for name, spread in spreads.items() if spread > WIDEST_SPREAD}
+        rivals = {row.name for row in self.section.rows if row.choice}
+        widest = {name: RIVALS_SPREAD if name in rivals else WIDEST_SPREAD for name in spreads}
+        return {name: spread for name, spread in spreads.items() if spread > widest[name]}
 
     def invalid(self) -> list[str]:
         """The rows with wrong answers or errors."""
@@ -226,7 +229,7 @@ def noise(results: Results) -> str:
 def warnings(outcome: Outcome) -> list[str]:
     """What makes the figures less than sure."""
     found = [
-        f"SPREAD TOO WIDE: the last rounds of {name} lie {spread:.0%} apart, more than {WIDEST_SPREAD:.0%}."
+        f"SPREAD TOO WIDE: the last rounds of {name} lie {spread:.0%} apart."
         for name, spread in outcome.unsteady().items()
     ]
     if warning := noise(outcome.results):

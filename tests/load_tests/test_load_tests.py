@@ -208,6 +208,13 @@ def test_rounds_that_lie_too_far_apart_are_told() -> None:
     assert unsteady == {row.name: pytest.approx(0.2)}
 
 
+def test_a_peer_may_run_less_evenly_than_the_service() -> None:
+    row = Scenario(quintet(1), payloads.pictures("digit"), choice="some peer")
+    section = Section("one", "One", (row,))
+    assert not Outcome(section, {row.name: [measured(100), measured(100), measured(120)]}).unsteady()
+    assert Outcome(section, {row.name: [measured(100), measured(100), measured(130)]}).unsteady()
+
+
 def test_every_row_of_a_section_has_a_name_of_its_own() -> None:
     for section in sections(2, MODELS).values():
         names = sorted(row.name for row in section.rows)
