@@ -9,6 +9,8 @@ import time
 
 # One machine, one caller: no tokens to be kept, and no reports to anybody.
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+# Few cores start its dozen processes slowly; it would give up the proxy before that has begun.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 import ray
 from network import MAX_BATCH, PORT, WORKERS, Network, answer, decode
