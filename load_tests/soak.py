@@ -75,8 +75,9 @@ async def soak(
     under_way: set[asyncio.Task[None]] = set()
     asked, started, looked = 0, time.monotonic(), 0.0
     async with asyncio.TaskGroup() as requests:
-        while (elapsed := time.monotonic() - started) < seconds:
-            while asked < elapsed * rate:
+        while asked < rate * seconds:
+            elapsed = time.monotonic() - started
+            while asked < rate * min(elapsed, seconds):
                 request = requests.create_task(ask_one(doors, known, chance))
                 under_way.add(request)
                 request.add_done_callback(under_way.discard)

@@ -149,24 +149,35 @@ async def share_a_batch(http_address: str, grpc_address: str, model: Known, chan
     raise Deviation(f"{model.room}: no batch held requests of both doors")
 
 
-async def check_accounts(doors: Doors) -> None:
+async def answers_given(doors: Doors) -> Counter[str]:
+    """How many requests the server has counted of each outcome."""
+    counted: Counter[str] = Counter()
+    text = (await doors.http.get("/metrics")).text
+    for outcome, count in re.findall(
+        r'^quintet_requests_total{.*outcome="(\w+)".*} (\S+)$', text, re.MULTILINE
+    ):
+        counted[outcome] += int(float(count))
+    return counted
+
+
+async def check_accounts(doors: Doors, before: Counter[str]) -> None:
     """See that the server is well, has nothing left to do, and gave no answer that it should not have given.
+
+    `before` is what it had given before the storm.
 
     Raises:
         Deviation: it is not so.
     """
     for _ in range(100):
         text = (await doors.http.get("/metrics")).text
-        left = [
-            float(value) for value in re.findall(r"^quintet_(?:queue_depth|in_flight)\S* (\S+)", text, re.M)
-        ]
-        if not any(left):
+        left = re.findall(r"^quintet_(?:queue_depth|in_flight)\S* (\S+)$", text, re.MULTILINE)
+        if not any(map(float, left)):
             break
         # Who hung up last may still be on their way out.
         await asyncio.sleep(0.1)
     else:
         raise Deviation("requests are left in the house after all have been answered")
-    odd = set(re.findall(r'outcome="(\w+)"', text)) - ANSWERS
+    odd = set(await answers_given(doors) - before) - ANSWERS
     if odd:
         raise Deviation(f"the server counted answers that nobody should have got: {sorted(odd)}")
     if (await doors.http.get("/readyz")).status_code != 200:
@@ -196,13 +207,14 @@ async def run(running: Running, times: int, chance: random.Random) -> None:
         for one in known:
             size = await share_a_batch(*addresses, one, chance)
             print(f"{one.room}: a batch of {size} held requests of both doors", flush=True)
+        before = await answers_given(doors)
         total, started = Counter[tuple[str, str]](), time.monotonic()
         for number in range(1, times + 1):
             total += await storm(doors, known, chance)
             if number % 50 == 0 or number == times:
                 minutes = (time.monotonic() - started) / 60
                 print(f"{number} times {IN_FLIGHT} requests, {minutes:.1f} minutes", flush=True)
-        await check_accounts(doors)
+        await check_accounts(doors, before)
         for (door, fate), count in sorted(total.items()):
             print(f"{count:9,} {fate:9} {door}")
         for model, sizes in (await batch_sizes(doors)).items():
