@@ -7,10 +7,11 @@ import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 
 from service import http2
-from service.errors import BadInput, Overloaded
+from service.errors import BadInput, Overloaded, QuintetError
 from service.grpc_calls import AHEAD, Call, Method, Service, Status, percent_encoded, read_timeout
 from service.http2 import Limits
 
@@ -322,6 +323,15 @@ async def test_words_of_errors(wire: Wire, words: str, encoded: str) -> None:
     assert (head["grpc-status"], head["index"]) == (str(Status.INVALID_ARGUMENT), "3")
     assert head["grpc-message"] == encoded
     assert percent_encoded(words).decode().startswith(encoded)
+
+
+def family(kind: type[QuintetError]) -> list[type[QuintetError]]:
+    return [kind, *(one for child in kind.__subclasses__() for one in family(child))]
+
+
+@pytest.mark.parametrize("kind", family(QuintetError), ids=lambda kind: kind.__name__)
+def test_every_error_has_a_status_of_grpc(kind: type[QuintetError]) -> None:
+    assert Status[kind.grpc_status].value == grpc.StatusCode[kind.grpc_status].value[0]
 
 
 async def test_a_fault_of_ours_tells_an_id_and_no_more(wire: Wire) -> None:
