@@ -1,5 +1,9 @@
 """Says whether a text speaks well or ill of its subject.
 
+`transformer`, fine-tuned: 90.3 % of SST-2's dev sentences and 91.0 % of 1,000 long reviews held back from
+IMDB (one run, seed 0); 22,713,986 parameters, 41 minutes on one core of a CPU.
+`gru`, from scratch: 84.4 % and 88.4 % (one run, seed 0); half an hour on a core that others shared.
+
 Rerun: python -m training sentiment
 """
 
