@@ -54,14 +54,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class QuintetServer:
     """One `bentoml serve` with its workers, on ports of its own; `what` may be a Bento."""
 
-    def __init__(self, folder: Path, what: str = "service:Quintet", **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, what: str = "service:Quintet", http_port: int | None = None, **settings: Any
+    ) -> None:
         self.settings = {"models": MODELS_FOLDER, "workers": 2, **settings}
         self._log = folder / "log"
         # Both sockets are open before one is closed, or the kernel might name a port twice.
         with socket.socket() as one, socket.socket() as other:
             one.bind(("127.0.0.1", 0))
             other.bind(("127.0.0.1", 0))
-            self.http_port: int = one.getsockname()[1]
+            self.http_port: int = http_port or one.getsockname()[1]
             self.grpc_port: int = int(settings.get("grpc_port", other.getsockname()[1]))
         self.settings["grpc_port"] = self.grpc_port
         environment = {name: value for name, value in os.environ.items() if not name.startswith("QUINTET_")}

@@ -1,10 +1,14 @@
 """How the service ends, and how it refuses to start."""
 
 import asyncio
+import hashlib
+import json
 import shutil
 import socket
+import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.proto import grpc_service_pb2 as pb
+from service.settings import _refuse_unknown
 from tests.conftest import MODELS_FOLDER, LaunchQuintet, QuintetServer, StartQuintet
 
 from .knocking import picture_request
@@ -160,7 +165,7 @@ def check_refusal(server: QuintetServer, says: str) -> None:
     assert server.wait() > 0
     (sentence,) = [line for line in server.log_text().splitlines() if line.startswith("quintet: ")]
     assert says in sentence
-    assert sentence.endswith(".")
+    assert sentence.endswith((".", "?"))
     assert "Traceback" not in server.log_text()
 
 
@@ -185,9 +190,65 @@ def test_it_refuses_to_start_where_the_grpc_port_is_taken(launch_quintet: Launch
         check_refusal(launch_quintet(grpc_port=port), str(port))
 
 
+def test_it_refuses_to_start_where_the_rest_port_is_taken(launch_quintet: LaunchQuintet) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        check_refusal(launch_quintet(http_port=port), f"port {port} for REST is not free")
+
+
+def test_it_ends_badly_where_a_worker_finds_that_a_file_is_another_network(
+    launch_quintet: LaunchQuintet, copied_models: Path
+) -> None:
+    # Its checksum is right, so only loading it can show that.
+    stranger = next((MODELS_FOLDER / "generator").glob("*/model.fp16.onnx")).read_bytes()
+    for path in copied_models.glob("*/*/card.json"):
+        card = json.loads(path.read_text())
+        for file in card["files"].values():
+            (path.parent / file["path"]).write_bytes(stranger)
+            file |= {"bytes": len(stranger), "sha256": hashlib.sha256(stranger).hexdigest()}
+        path.write_text(json.dumps(card))
+    server = launch_quintet(models=copied_models)
+    assert server.wait() > 0
+    assert "the graph's inputs are" in server.log_text()
+    assert '"event": "ready"' not in server.log_text()
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own with no room left but a few kilobytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip("only root, and not every root, may mount a small disk to fill")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_it_refuses_to_start_where_the_disk_is_full(
+    launch_quintet: LaunchQuintet, full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(full_disk))
+    check_refusal(launch_quintet(), f"{full_disk} (No space left on device)")
+
+
+def test_what_others_call_quintet_too_is_no_setting() -> None:
+    # Kubernetes' for a Service of our name, and the client's: refusing these would be a nuisance.
+    service = {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT_REST": "3000", "PORT": "tcp://10.0.0.1:3000"}
+    strangers = {f"QUINTET_{name}": value for name, value in service.items()}
+    strangers |= {"QUINTET_PORT_3000_TCP_ADDR": "10.0.0.1", "QUINTET_URL": "http://localhost:3000"}
+    _refuse_unknown(strangers)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        pytest.param({"workrs": 3}, "did you mean QUINTET_WORKERS?", id="a misspelt setting"),
+        pytest.param({"flavour": "mint"}, "QUINTET_FLAVOUR", id="a setting that there is not"),
+        pytest.param({"runtime": "abacus"}, "QUINTET_RUNTIME", id="a value that there is not"),
+        pytest.param({"runtime": "cuda"}, "QUINTET_RUNTIME", id="a GPU where there is none"),
         pytest.param({"queue_size": 0}, "QUINTET_QUEUE_SIZE", id="no queue at all"),
         pytest.param({"api_keys": "secret"}, "api_keys", id="keys that are no list"),
     ],
