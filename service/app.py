@@ -95,13 +95,14 @@ class House:
         self._tracer: Tracer | None = None
         if settings.trace_url is None:
             self.rest = RestDoor(self.plane, self._board)
+            self._grpc = GrpcDoor(self.plane)
         else:
             # Loaded only here: who traces nothing pays nothing.
             from service import tracing
 
             self._tracer = tracing.Tracer(settings.trace_url, settings.trace_share)
             self.rest = tracing.TracedRestDoor(self.plane, self._board, self._tracer)
-        self._grpc = GrpcDoor(self.plane)
+            self._grpc = tracing.TracedGrpcDoor(self.plane, self._tracer)
         self._loading: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._gauging: asyncio.Task[None] | None = None

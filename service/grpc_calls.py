@@ -137,6 +137,7 @@ class Head:
         seconds: How long the caller waits; None for ever.
         coding: How compressed messages are compressed, both ways.
         authorization: What the caller sent under that name; empty for nothing.
+        headers: All that the caller sent, by name.
     """
 
     method: Method
@@ -144,6 +145,7 @@ class Head:
     seconds: float | None = None
     coding: bytes | None = None
     authorization: bytes = field(default=b"", repr=False)
+    headers: Mapping[bytes, bytes] = field(default_factory=dict, repr=False)
 
 
 async def _nothing(call: "Call", message: bytes) -> bytes:
@@ -219,6 +221,7 @@ class Service:
             seconds=seconds,
             coding=None if coding == b"identity" else coding,
             authorization=headers.get(b"authorization", b""),
+            headers=headers,
         )
 
     def open(self, connection: Connection, number: int, head: Head) -> "Call":
@@ -242,7 +245,7 @@ class Call(Stream):
 
     __slots__ = (
         "_answer_held", "_arrived", "_has_started", "_held", "_is_booked", "_is_over", "_is_sent_away",
-        "_is_whole", "_partial", "_service", "_task", "_turns", "deadline", "head",
+        "_is_whole", "_partial", "_service", "_task", "_turns", "deadline", "head", "more",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, number: int, service: Service, head: Head) -> None:
@@ -251,6 +254,8 @@ class Call(Stream):
         now = time.monotonic()
         self.deadline = None if head.seconds is None else now + head.seconds
         """When the caller gives up, by `time.monotonic`."""
+        self.more = b""
+        """A header block that the call's end is to have as well."""
         self._service = service
         self._answer_held = 0
         self._arrived = now
@@ -411,7 +416,7 @@ class Call(Stream):
                 self._hold(len(framed))
             coding = self.head.coding
             self._is_over = True
-            self.answer(HEADERS if coding is None else HEADERS_BY_CODING[coding], framed, OK)
+            self.answer(HEADERS if coding is None else HEADERS_BY_CODING[coding], framed, OK + self.more)
         except QuintetError as error:
             self._task = None
             self.fail(error)
@@ -525,7 +530,7 @@ class Call(Stream):
                 return
             self._is_over = True
             self._start()
-            self.end(OK)
+            self.end(OK + self.more)
 
     def sent(self) -> None:
         """Go on with what waited for room."""
@@ -551,7 +556,9 @@ class Call(Stream):
         if self.is_closed:
             return
         self._is_over = True
-        block = trailers(error) if self._has_started else HEADERS + trailers(error)
+        block = trailers(error) + self.more
+        if not self._has_started:
+            block = HEADERS + block
         if after_all:
             self.end(block)
         else:

@@ -29,8 +29,11 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from service.batcher import Batcher, Job, Row, Slot
 from service.data_plane import DataPlane
+from service.errors import QuintetError
+from service.grpc_api import GrpcDoor
+from service.grpc_calls import Call
 from service.http import Request, Response
-from service.loaded_model import LoadedModel
+from service.http2 import literal
 from service.metrics import Board
 from service.models.spec import Sample
 from service.rest import RestDoor
@@ -64,6 +67,11 @@ class Trace:
     def is_recorded(self) -> bool:
         """Whether anybody will see it."""
         return self.span.is_recording()
+
+    @property
+    def id(self) -> str:
+        """That of the trace, as the log's lines have it."""
+        return f"{self.span.get_span_context().trace_id:032x}"
 
     @property
     def response(self) -> str:
@@ -119,17 +127,17 @@ class Tracer:
         return Trace(self, span, started, offset_ns)
 
     def end(
-        self, trace: Trace, name: str, loaded: LoadedModel | None, outcome: str, *, is_our_fault: bool
+        self, trace: Trace, name: str, asked: tuple[str, str] | None, outcome: str, *, is_our_fault: bool
     ) -> None:
-        """Note that it is answered; `name` and `outcome` are of closed sets."""
+        """Note that it is answered; `name`, `outcome` and the model and version are of closed sets."""
         if not trace.is_recorded:
             return
         span, ended = trace.span, time.perf_counter()
         span.update_name(name)
         span.set_attribute("quintet.outcome", outcome)
-        if loaded is not None:
-            span.set_attribute("quintet.model", loaded.room.name)
-            span.set_attribute("quintet.version", loaded.version)
+        if asked is not None:
+            span.set_attribute("quintet.model", asked[0])
+            span.set_attribute("quintet.version", asked[1])
         if is_our_fault:
             span.set_status(Status(StatusCode.ERROR))
         for job in trace.jobs:
@@ -218,21 +226,49 @@ class TracedRestDoor(RestDoor):
         token = CURRENT.set(trace)
         response: Response | None = None
         try:
-            with structlog.contextvars.bound_contextvars(trace_id=trace.response.split("-")[1]):
+            with structlog.contextvars.bound_contextvars(trace_id=trace.id):
                 response = await super().answer(request)
         finally:
             CURRENT.reset(token)
             loaded = request.asked
+            asked = None if loaded is None else (loaded.room.name, loaded.version)
             is_machine = request.path.startswith("/v2/")
             # Never the path itself: strangers may ask for anything.
             place = f"/{loaded.room.name}" if loaded else "/v2" if is_machine else "/"
             name = f"{request.method} {'/v2/models' if is_machine and loaded else ''}{place}"
             status = 0 if response is None else response.status
             outcome = {0: "caller gone", 200: "ok"}.get(status, str(status))
-            self._tracer.end(trace, name, loaded, outcome, is_our_fault=status >= 500)
+            self._tracer.end(trace, name, asked, outcome, is_our_fault=status >= 500)
         if response is not None:
             response.headers += ((RESPONSE.encode(), trace.response.encode()),)
         return response
+
+
+class TracedGrpcDoor(GrpcDoor):
+    """The gRPC door, with a span for every inference request."""
+
+    def __init__(self, plane: DataPlane, tracer: Tracer) -> None:
+        super().__init__(plane)
+        self._tracer = tracer
+
+    async def _answered(self, call: Call, message: bytes) -> tuple[Any, Any, QuintetError | None]:
+        headers = call.head.headers
+        trace = self._tracer.begin(headers.get(b"traceparent"), headers.get(b"tracestate"))
+        token = CURRENT.set(trace)
+        asked, outcome, is_our_fault = None, "caller gone", False
+        try:
+            with structlog.contextvars.bound_contextvars(trace_id=trace.id):
+                request, response, failure = await super()._answered(call, message)
+            outcome = "ok" if failure is None else str(int(failure.status))
+            is_our_fault = failure is not None and failure.status >= 500
+            if response is not None:
+                asked = (response.model_name, response.model_version)
+        finally:
+            CURRENT.reset(token)
+            self._tracer.end(trace, "ModelInfer", asked, outcome, is_our_fault=is_our_fault)
+        # A stream's requests have one end between them: it says the last one's.
+        call.more = literal(RESPONSE.encode(), trace.response.encode())
+        return request, response, failure
 
 
 def _ns(seconds: float, offset_ns: int) -> int:

@@ -19,7 +19,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
+from service.proto import grpc_service_pb2 as pb
 from tests.conftest import MODELS_FOLDER, ROOT, StartQuintet
+
+from .knocking import GrpcClient, picture_request
 
 PARTS = ["decode", "queue", "run", "answer"]
 
@@ -154,6 +157,35 @@ async def test_requests_that_share_a_batch_are_traced_apart_and_linked_to_it(
     assert not any(digit_png[:8].hex() in str(span) or "base64" in str(span) for span in receiver.spans)
 
 
+def test_grpc_calls_are_traced_as_well(
+    start_quintet: StartQuintet, digit_only: Path, digit_png: bytes
+) -> None:
+    heard: list[str] = []
+    with (
+        receiving() as receiver,
+        start_quintet(models=digit_only, trace_url=receiver.url, workers=1) as server,
+        GrpcClient(server.grpc_address) as client,
+    ):
+        metadata = (("traceparent", f"00-{trace_id(9)}-{9:016x}-01"),)
+        infer = client.channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=pb.ModelInferRequest.SerializeToString,
+            response_deserializer=pb.ModelInferResponse.FromString,
+        )
+        for request in (picture_request(digit_png), picture_request(b"no picture")):
+            call = infer.future(request, timeout=30, metadata=metadata)
+            call.exception()
+            heard += [value for name, value in call.trailing_metadata() if name == "traceresponse"]
+    right, wrong = receiver.named("ModelInfer")
+    check_parts(receiver, right)
+    assert attributes(right)["quintet.model"] == "digit"
+    assert attributes(wrong)["quintet.outcome"] == "400"
+    for span in (right, wrong):
+        assert span.trace_id.hex() == trace_id(9)
+        assert int(span.parent_span_id.hex(), 16) == 9
+    assert heard == [f"00-{trace_id(9)}-{span.span_id.hex()}-01" for span in (right, wrong)]
+
+
 async def test_what_goes_wrong_is_traced_too_under_names_of_our_own(
     start_quintet: StartQuintet, digit_only: Path, digit_png: bytes
 ) -> None:
@@ -215,7 +247,7 @@ def test_who_traces_nothing_loads_nothing_for_it() -> None:
     code = (
         "import sys, service.app; from service.settings import Settings; from service.app import House; "
         "house = House(Settings()); "
-        "print('service.tracing' in sys.modules, type(house.rest).__name__)"
+        "print('service.tracing' in sys.modules, type(house.rest).__name__, type(house._grpc).__name__)"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout.strip()) == (0, "False RestDoor"), ran.stderr
+    assert (ran.returncode, ran.stdout.strip()) == (0, "False RestDoor GrpcDoor"), ran.stderr
