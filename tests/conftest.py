@@ -125,8 +125,13 @@ class QuintetServer:
 
     def workers(self) -> list[psutil.Process]:
         """The processes that answer requests."""
-        children = psutil.Process(self.pid).children()
-        return [child for child in children if any("worker" in word for word in child.cmdline())]
+        found = []
+        for child in psutil.Process(self.pid).children():
+            # One that was killed stays in the list until its parent has looked.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any("worker" in word for word in child.cmdline()):
+                    found.append(child)
+        return found
 
     def log_text(self) -> str:
         return self._log.read_text(errors="replace")
