@@ -65,13 +65,20 @@ def arguments(given: Sequence[str]) -> argparse.Namespace:
     names = ", ".join(sections(1, MODELS))
     parser.add_argument("--only", default="", help=f"sections: {names} (default: all)")
     parser.add_argument("--servers", default="", help="only rows of these servers, by name (default: all)")
-    parser.add_argument("--name", default="", help="before the section in the results' names (default: none)")
+    parser.add_argument(
+        "--name",
+        default="",
+        help="before the section in the results' names, for trials that are not to take the place of whole "
+        "sections in the summary (default: trial with --servers, else none)",
+    )
     parser.add_argument(
         "--to", type=Path, default=Path(__file__).with_name("results"), help="folder of the results"
     )
     chosen = parser.parse_args(given)
     if min(chosen.seconds, chosen.warm_up, chosen.rounds, chosen.connections, chosen.workers) < 1:
         parser.error("seconds, warm-up, rounds, connections and workers must be 1 or more.")
+    if chosen.servers and not chosen.name:
+        chosen.name = "trial"
     return chosen
 
 
@@ -92,6 +99,9 @@ class Bench:
         self._networks: dict[tuple[str, str], BareNetwork] = {}
         self._ways: dict[str, Way] = {}
         self.outcome = Outcome(section, {row.name: [] for row in self._rows})
+        asked = {row.name for row in self._rows}
+        left_out = [row.name for row in section.rows if row.name not in asked]
+        self.outcome.absent |= dict.fromkeys(left_out, "left out with --servers")
 
     def run(self, scratch: Path) -> None:
         """Measure all rows in all rounds; `outcome` fills up.
