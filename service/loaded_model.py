@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from service.providers import Profile
 from service.repository import ModelFiles
 from service.runtime import Network, NetworkMismatch
 from service.settings import Settings
+
+LEAST_INLINE: Final = 4
+"""Fewer inputs are hardly a batch: callers who come together would be answered one by one."""
 
 
 class LoadedModel:
@@ -53,7 +57,7 @@ class LoadedModel:
         seconds = self.network.seconds_per_input
         # A batch on the event loop must stay short, or everybody else waits for it; one in a
         # lane must end some day, or the other models wait for it.
-        inline = seconds * 1000 <= settings.inline_ms
+        inline = runs_inline(seconds, settings.inline_ms)
         longest_batch_ms = settings.inline_ms if inline else policy.batch_ms
         fits = max(1, int(longest_batch_ms / 1000 / seconds))
         length_axis = _length_axis(room)
@@ -85,6 +89,11 @@ def _batcher_type(settings: Settings) -> type[Batcher]:
     from service.tracing import TracedBatcher
 
     return TracedBatcher
+
+
+def runs_inline(seconds_per_input: float, inline_ms: float) -> bool:
+    """Whether batches run on the event loop: where at least `LEAST_INLINE` inputs fit into its time."""
+    return LEAST_INLINE * seconds_per_input * 1000 <= inline_ms
 
 
 def _length_axis(room: Room) -> int | None:

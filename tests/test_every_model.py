@@ -19,6 +19,7 @@ from .conftest import MODELS_FOLDER, QuintetServer
 
 MEBIBYTE = 1024 * 1024
 TOLERANCE = 1e-3
+ROUNDED_TOLERANCE = 5e-3
 
 every_model = pytest.mark.parametrize("room", SHIPPED.values(), ids=str)
 
@@ -110,7 +111,9 @@ def test_every_version_has_a_card_with_all_fields(room: Room) -> None:
         assert set(card["export"]) >= {"opset", "onnx", "onnxruntime", "largest_difference"}
         # Bytes are rounded: a last bit may turn one of them by a whole level.
         in_bytes = all(tensor.dtype.kind in "iu" for tensor in room.network_outputs)
-        assert card["export"]["largest_difference"] <= (1 if in_bytes else TOLERANCE)
+        # Where no fp32 file ships, for it would be too large for git, the fp16 file is what was compared.
+        tolerance = TOLERANCE if "fp32" in card["files"] else ROUNDED_TOLERANCE
+        assert card["export"]["largest_difference"] <= (1 if in_bytes else tolerance)
         # A score for each file, and only for those.
         assert set(card["scores"]) == set(card["files"])
         for scores in card["scores"].values():
@@ -121,7 +124,7 @@ def test_every_version_has_a_card_with_all_fields(room: Room) -> None:
 @every_model
 def test_every_file_is_the_one_that_its_card_names(room: Room) -> None:
     for folder, card in cards_of(room):
-        assert "fp32" in card["files"]
+        assert set(card["files"]) >= {"fp32"} or set(card["files"]) >= {"fp16", "int8"}
         for entry in card["files"].values():
             content = (folder / entry["path"]).read_bytes()
             assert len(content) == entry["bytes"] < 48 * MEBIBYTE

@@ -10,6 +10,7 @@ from load_tests.peers import served
 from service.batcher import Batcher
 from service.http import Receive, Scope, Send
 from service.lanes import Lanes
+from service.loaded_model import runs_inline
 from service.models.digit import DIGIT
 from service.settings import Settings
 
@@ -21,7 +22,7 @@ class Bare:
         _, files, network = served(DIGIT, settings)
         # On the event loop or in a lane, by the rule that the service goes by.
         milliseconds = network.seconds_per_input * 1000
-        inline = milliseconds <= settings.inline_ms
+        inline = runs_inline(network.seconds_per_input, settings.inline_ms)
         fits_inline = max(1, int(settings.inline_ms / milliseconds))
         self._version = str(files.version)
         self._batcher = Batcher(

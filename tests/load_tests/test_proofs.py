@@ -77,7 +77,7 @@ def test_the_service_and_its_description_agree(quintet_server: QuintetServer) ->
 
 
 def test_a_proof_starts_a_server_of_its_own_and_ends_well() -> None:
-    options = ["--times", "1", "--workers", "1", "--models", str(MODELS_FOLDER)]
+    options = ["--times", "3", "--workers", "1", "--models", str(MODELS_FOLDER)]
     command = [sys.executable, "-m", "load_tests", "storm", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

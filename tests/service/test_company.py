@@ -17,7 +17,7 @@ MOST_IN_A_REQUEST = 8
 @pytest.fixture(scope="module")
 def server(start_quintet: StartQuintet) -> Iterator[QuintetServer]:
     """However slow the machine, of no model is one input all that a batch may hold."""
-    with start_quintet(batch_ms=1000, drain_seconds=0) as quintet:
+    with start_quintet(inline_ms=0, batch_ms=1000, drain_seconds=0) as quintet:
         yield quintet
 
 
