@@ -302,7 +302,7 @@ def run(running: Running, seconds: float, chance: Chance) -> None:
     """
     held: list[float] = []
     counted = throw(
-        running.port, running.grpc_port, chance, seconds, lambda: held.append(running.memory_mib())
+        running.port, running.grpc_port, chance, seconds, lambda: held.append(running.resident_mib())
     )
     for answer, count in sorted(counted.items()):
         print(f"{count:9,} {answer}")

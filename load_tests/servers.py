@@ -191,6 +191,14 @@ class Running:
                 used[process.pid] = times.user + times.system
         return used
 
+    def resident_mib(self) -> float:
+        """Memory of all its processes, what they share counted for each: no other program changes it."""
+        total = 0
+        for process in self._family:
+            with suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total / MEBIBYTE
+
     def memory_mib(self) -> float:
         """Memory of all its processes, what they share counted once."""
         total = 0.0

@@ -104,7 +104,9 @@ async def run(running: Running, chance: random.Random, warm_up_seconds: float, s
             most = await capacity(doors, known, chance, warm_up_seconds)
             print(f"capacity: {most:,.0f} requests/s of all models at both doors", flush=True)
             rate = SHARE * most
-            asked = await soak(doors, known, chance, rate, seconds, lambda: held.append(running.memory_mib()))
+            asked = await soak(
+                doors, known, chance, rate, seconds, lambda: held.append(running.resident_mib())
+            )
         except* Deviation as several:
             raise several.exceptions[0] from None
     print(f"{asked:,} requests in {seconds:.0f} s, all answered right", flush=True)
