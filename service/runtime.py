@@ -76,6 +76,8 @@ class Network:
         options.intra_op_num_threads = profile.threads_for(card, variant)
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # A plan of memory for every shape that ever came: texts come in thousands of them.
+        options.enable_mem_pattern = not is_any_length
         # A spinning thread takes the core from the worker beside it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
