@@ -76,8 +76,9 @@ class Network:
         options.intra_op_num_threads = profile.threads_for(card, variant)
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # A plan of memory for every shape that ever came: texts come in thousands of them.
-        options.enable_mem_pattern = not is_any_length
+        # ONNX Runtime would keep a plan of memory for every shape that ever came, and saves no time by it
+        # where shapes change from batch to batch.
+        options.enable_mem_pattern = self._is_bound
         # A spinning thread takes the core from the worker beside it.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
