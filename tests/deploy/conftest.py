@@ -41,7 +41,10 @@ class Load:
 
     async def send(self, count: int, callers: int = 8) -> None:
         """Ask `count` times in all."""
-        left = iter(range(count))
+        await self.send_while(iter(range(count)), callers)
+
+    async def send_while(self, left: Iterator[int], callers: int = 8) -> None:
+        """Ask once for each that is `left`."""
         await asyncio.gather(*(self._ask(left) for _ in range(callers)))
 
     async def _ask(self, left: Iterator[int]) -> None:
