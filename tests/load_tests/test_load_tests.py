@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,7 +87,9 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(
 @needs_wrk
 def test_nothing_is_left_running_after_control_c(tmp_path: Path) -> None:
     asked = command(tmp_path, "--only", "doors")
-    with subprocess.Popen(asked, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+    # Whoever started us in the background may have had us ignore it, and children inherit that.
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(asked, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heeded) as running:
         assert running.stdout is not None
         # Before it, maybe, what is not installed.
         assert any("round 1 of 1" in line for line in running.stdout)
