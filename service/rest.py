@@ -116,29 +116,14 @@ class RestDoor:
 
     async def answer(self, request: Request) -> Response | None:
         """The answer to one request, whatever happens; None where its caller has gone."""
-        if self._plane.settings.cors_origins:
-            return await self._answer_other_origins(request)
-        page = self._pages.get(request.path)
-        return await self._answer(request) if page is None else self._answer_page(request, page)
-
-    async def _answer_other_origins(self, request: Request) -> Response | None:
-        """The same, and the page of an allowed origin may read it (Fetch, section 3.2)."""
-        if request.method == "OPTIONS" and b"access-control-request-method" in request.headers:
-            response: Response | None = Response(204, b"text/plain", b"", ALLOWED_FROM_OTHER_ORIGINS)
+        origins = self._plane.settings.cors_origins
+        response: Response | None
+        if origins and request.method == "OPTIONS" and b"access-control-request-method" in request.headers:
+            response = Response(204, b"text/plain", b"", ALLOWED_FROM_OTHER_ORIGINS)
         else:
             page = self._pages.get(request.path)
             response = await self._answer(request) if page is None else self._answer_page(request, page)
-        if response is None:
-            return None
-        origin = request.headers.get(b"origin", b"")
-        allowed = self._plane.settings.cors_origins
-        headers: tuple[tuple[bytes, bytes], ...] = ((b"vary", b"origin"),)
-        if origin and ("*" in allowed or origin.decode("latin-1") in allowed):
-            headers += (
-                (b"access-control-allow-origin", origin),
-                (b"access-control-expose-headers", EXPOSED),
-            )
-        return replace(response, headers=response.headers + headers)
+        return _readable(response, request, origins) if origins and response is not None else response
 
     async def _answer(self, request: Request) -> Response | None:
         started = time.perf_counter()
@@ -380,6 +365,16 @@ class RestDoor:
         text = orjson.dumps(answer)
         length = (HEADER_LENGTH, b"%d" % len(text))
         return Response(200, b"application/octet-stream", b"".join([text, *chunks]), (length,))
+
+
+def _readable(response: Response, request: Request, origins: Sequence[str]) -> Response:
+    """The same answer, which the page of an allowed origin may read (Fetch, section 3.2)."""
+    origin = request.headers.get(b"origin", b"")
+    headers: tuple[tuple[bytes, bytes], ...] = ((b"vary", b"origin"),)
+    if origin and ("*" in origins or origin.decode("latin-1") in origins):
+        headers += ((b"access-control-allow-origin", origin), (b"access-control-expose-headers", EXPOSED))
+    # A copy: pages are shared by all who ask for them.
+    return replace(response, headers=response.headers + headers)
 
 
 async def _compress(response: Response, accepted: bytes, least_bytes: int) -> None:
