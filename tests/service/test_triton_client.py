@@ -283,6 +283,14 @@ def test_shared_memory_is_told_to_stay_out(triton: Triton, room: Room) -> None:
         triton.infer(room.name, sent)
 
 
+@every_model
+def test_shared_memory_of_one_input_of_several_is_told_so_too(triton: Triton, room: Room) -> None:
+    sent = triton.inputs(room)
+    sent[0].set_shared_memory("region", 100)
+    with pytest.raises(InferenceServerException, match="hared memory is not supported"):
+        triton.infer(room.name, sent)
+
+
 # ---- statistics ----
 
 
