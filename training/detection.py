@@ -35,7 +35,6 @@ from training.exam import Exam, refuse_other_data
 
 # ---------------------------------------------------------------- data
 
-BCCD_MIRRORS = ("https://github.com/Shenggan/BCCD_Dataset/archive/refs/heads/master.zip",)
 LARGEST_XML_BYTES = 2**20
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
