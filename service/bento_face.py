@@ -18,7 +18,7 @@ import structlog
 from starlette.responses import JSONResponse
 
 from service.bodies import reader_of
-from service.data_plane import DataPlane
+from service.data_plane import BENTOML, DataPlane
 from service.errors import InternalError, QuintetError, UnsupportedMediaType, WrongMethod
 from service.http import CallerGone, Message, Receive, Request, Response, Scope, Send, problem_response
 from service.loaded_model import LoadedModel
@@ -29,7 +29,6 @@ PREFIX: Final = "/bentoml"
 SCHEMA: Final = "/schema.json"
 """Where BentoML's clients read which methods there are."""
 
-PROTOCOL: Final = "bentoml"
 
 POLICY: Final = (
     b"default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
@@ -139,7 +138,7 @@ async def _answer(plane: DataPlane, room: Room, fields: dict[str, Any], options:
     finally:
         if entered:
             plane.leave()
-        plane.measure(PROTOCOL, loaded, started, failure)
+        plane.measure(BENTOML, loaded, started, failure)
     seconds = failure.retry_after_seconds
     headers = {} if seconds is None else {"Retry-After": str(seconds)}
     return JSONResponse({"error": failure.detail}, int(failure.status), headers)

@@ -38,6 +38,13 @@ from service.settings import Settings
 LONG_WORK: Final = 128 * 1024
 """Reading more bytes than this would keep the event loop from other callers."""
 
+REST: Final = "rest"
+OPEN_INFERENCE_REST: Final = "open-inference-rest"
+OPEN_INFERENCE_GRPC: Final = "open-inference-grpc"
+BENTOML: Final = "bentoml"
+PROTOCOLS: Final = (REST, OPEN_INFERENCE_REST, OPEN_INFERENCE_GRPC, BENTOML)
+"""How a request can come; the metrics have a label for it."""
+
 QUICK_INPUTS: Final = 32
 """More inputs than this are prepared in a thread, however small each is."""
 
@@ -92,8 +99,15 @@ class DataPlane:
             NetworkMismatch: a file is not the network that its room describes.
         """
         self.catalogue.load_all(self._commands.unloaded())
+        self.expect()
         if self.state is State.STARTING:
             self.state = State.READY
+
+    def expect(self) -> None:
+        """Have the numbers ready that every model's first caller would wait for; they begin at 0."""
+        for loaded in self.models():
+            for protocol in PROTOCOLS:
+                self._meters_of(loaded.room.name, loaded.version, protocol, "ok")
 
     async def load_model(self, model: str) -> None:
         """Open every version of a model anew, in every worker; requests go on meanwhile.
@@ -332,13 +346,7 @@ class DataPlane:
         """
         model, version = (loaded.room.name, loaded.version) if loaded else ("none", "none")
         outcome = str(int(error.status)) if error else "ok"
-        meters = self._meters.get((model, version, protocol, outcome))
-        if meters is None:
-            meters = self._meters[model, version, protocol, outcome] = (
-                self._board.counter("quintet_requests", model, version, protocol, outcome),
-                self._board.histogram("quintet_request_seconds", model, version, protocol, outcome),
-            )
-        requests, request_seconds = meters
+        requests, request_seconds = self._meters_of(model, version, protocol, outcome)
         requests.add()
         seconds = time.perf_counter() - started
         request_seconds.observe(seconds)
@@ -356,6 +364,16 @@ class DataPlane:
             )
         if error is not None and error.rejection is not None:
             self._board.counter("quintet_rejected", error.rejection).add()
+
+    def _meters_of(self, model: str, version: str, protocol: str, outcome: str) -> tuple[Counter, Histogram]:
+        labels = (model, version, protocol, outcome)
+        meters = self._meters.get(labels)
+        if meters is None:
+            meters = self._meters[labels] = (
+                self._board.counter("quintet_requests", *labels),
+                self._board.histogram("quintet_request_seconds", *labels),
+            )
+        return meters
 
     def statistics(self, loaded: Sequence[LoadedModel]) -> list[Statistics]:
         """What each of these model versions has done, in all workers; reads files."""

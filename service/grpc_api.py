@@ -16,7 +16,7 @@ import structlog
 from google.protobuf import json_format
 
 from service import http2, open_inference
-from service.data_plane import DataPlane, off_the_loop
+from service.data_plane import OPEN_INFERENCE_GRPC, DataPlane, off_the_loop
 from service.errors import BadInput, InternalError, NotSupported, QuintetError
 from service.grpc_calls import Call, Method, Service
 from service.grpc_standard import Health, Reflection, read
@@ -27,7 +27,6 @@ from service.proto import grpc_service_pb2 as pb
 from service.version import VERSION
 
 SERVICE: Final = "inference.GRPCInferenceService"
-PROTOCOL: Final = "open-inference-grpc"
 
 CONTENTS: Final = {
     "BOOL": "bool_contents",
@@ -251,7 +250,7 @@ class GrpcDoor:
                 self._plane.leave()
             if loaded is not None or failure is not None:
                 request_id = request.id[:MAX_REQUEST_ID] if request is not None else ""
-                self._plane.measure(PROTOCOL, loaded, started, failure, request_id)
+                self._plane.measure(OPEN_INFERENCE_GRPC, loaded, started, failure, request_id)
         return request, response, failure
 
 

@@ -121,7 +121,7 @@ class Meters:
         self.postprocess_seconds = board.histogram("quintet_postprocess_seconds", *self._labels)
         self._requests_computed = board.tally("requests_computed", *self._labels)
         self._last_inference = board.gauge("last_inference", *self._labels)
-        self._batches: dict[int, Tally] = {}
+        self._batches: dict[int, Tally] = {1: board.tally("batches", *self._labels, "1")}
 
     def batch_ran(self, size: int, compute_seconds: float, queue_seconds: Sequence[float]) -> None:
         """Count a batch; `queue_seconds` are those of the requests that began in it."""

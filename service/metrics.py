@@ -232,6 +232,8 @@ class Board(Collector):
                 self._map = mmap.mmap(file.fileno(), BOARD_BYTES)
             self._names = (folder / f"{stem}.names").open("w", encoding="utf-8")
             fcntl.flock(self._names, fcntl.LOCK_EX)
+        # A page is made at its first writing, which would be a caller's time.
+        self._map[:] = bytes(BOARD_BYTES)
         self._cells = memoryview(self._map).cast("d")
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)

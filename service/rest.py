@@ -21,7 +21,7 @@ import structlog
 from service import open_inference, openapi
 from service.batcher import Job, Priority
 from service.bodies import prefers_picture, read_query, reader_of
-from service.data_plane import LONG_WORK, DataPlane, off_the_loop
+from service.data_plane import LONG_WORK, OPEN_INFERENCE_REST, REST, DataPlane, off_the_loop
 from service.errors import (
     BadInput,
     InternalError,
@@ -128,7 +128,7 @@ class RestDoor:
     async def _answer(self, request: Request) -> Response | None:
         started = time.perf_counter()
         is_machine = request.path == "/v2" or request.path.startswith("/v2/")
-        protocol = "open-inference-rest" if is_machine else "rest"
+        protocol = OPEN_INFERENCE_REST if is_machine else REST
         request_id = _request_id(request)
         failure: QuintetError | None = None
         entered = False
