@@ -1,6 +1,7 @@
 PYTHON ?= python3
 SERVE  := .venv
 DEV    := .venv-dev
+GPU    := .venv-gpu
 POLICY := .venv-policy
 MODEL  ?= digit
 PORT   ?= 3000
@@ -49,8 +50,21 @@ train: $(DEV)/.ready    ## train one: make train MODEL=digit
 export: $(DEV)/.ready   ## export it with proof into models/
 	$(DEV)/bin/python -m export $(MODEL)
 
-bench: $(DEV)/.ready    ## the load tests, beside the peers
+# As the development environment, but with the ONNX Runtime that has CUDA, which takes the other's place.
+$(GPU)/.ready: requirements/dev.txt clients/python/pyproject.toml
+	$(PYTHON) -m venv $(GPU)
+	sed 's/^onnxruntime==/onnxruntime-gpu[cuda,cudnn]==/' requirements/dev.txt > $(GPU)/requirements.txt
+	$(GPU)/bin/pip install --quiet --disable-pip-version-check -r $(GPU)/requirements.txt
+	$(GPU)/bin/pip install --quiet --disable-pip-version-check --no-deps -e clients/python
+	@touch $@
+
+ifeq ($(VARIANT),gpu)
+bench: $(GPU)/.ready    ## the load tests, beside the peers; VARIANT=gpu: ours and its limit on a GPU
+	QUINTET_RUNTIME=cuda $(GPU)/bin/python -m load_tests --name gpu --servers quintet,onnxruntime,'decode and answer'
+else
+bench: $(DEV)/.ready
 	$(DEV)/bin/python -m load_tests
+endif
 
 peers: $(DEV)/.ready    ## the peers' environments, for make bench; two gigabytes
 	$(DEV)/bin/python -m load_tests peers install
@@ -111,4 +125,4 @@ HASH = build/lock/dev/bin/uv pip compile --quiet --no-header --no-annotate --gen
   --python-version 3.11 --python-platform x86_64-manylinux_2_28
 
 clean:           ## remove the environments and caches
-	rm -rf $(SERVE) $(DEV) $(POLICY) build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(SERVE) $(DEV) $(GPU) $(POLICY) build .mypy_cache .pytest_cache .ruff_cache

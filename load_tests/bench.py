@@ -29,7 +29,7 @@ from load_tests.report import Outcome
 from load_tests.scenarios import HOST, OPEN_SHARE, Scenario, Section, Server, sections
 from load_tests.servers import NotInstalled, Running, ServerFailed
 from service.models import MODELS
-from service.providers import profile_of
+from service.providers import ProviderRefused, profile_of, refuse_without_gpu
 from service.repository import Repository, RepositoryError
 from service.settings import Settings, read_settings
 
@@ -351,6 +351,8 @@ def main(given: Sequence[str]) -> int:
     expected: Expected = {}
     try:
         require("wrk")
+        # On a GPU (QUINTET_RUNTIME) without one, every server of ours would fail, one after the other.
+        refuse_without_gpu(profile_of(read_settings()))
         conditions: dict[str, Any] = report.surroundings(options.models)
         conditions |= {"connections": options.connections, "seconds": options.seconds}
         wanted, impossible = _wanted(options, Repository(options.models).models())
@@ -372,7 +374,7 @@ def main(given: Sequence[str]) -> int:
             console.print(f"{section.name}: {took['took_seconds']} s", style="dim", highlight=False)
         if not options.name:
             report.summarise(options.to)
-    except (ProgramMissing, RepositoryError, ServerFailed) as error:
+    except (ProgramMissing, ProviderRefused, RepositoryError, ServerFailed) as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         return 2
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ import onnxruntime
 from load_tests import payloads
 from service.models import MODELS
 from service.models.spec import Array, Room, Sample
-from service.providers import profile_of
+from service.providers import Profile, profile_of, refuse_other_provider
 from service.repository import ModelFiles, Repository
 from service.settings import Settings, cores
 
@@ -70,16 +70,21 @@ class Runs:
 class BareNetwork:
     """One model's network and what it is run on."""
 
-    def __init__(self, room: Room, files: ModelFiles, inputs: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self, room: Room, files: ModelFiles, inputs: Sequence[Mapping[str, Any]], profile: Profile
+    ) -> None:
         """Prepare.
 
         Args:
             room: The model, furnished.
             files: Its network.
             inputs: What is asked, by turns.
+            profile: Where it runs.
         """
         self._room = room
         self._file = files.network
+        self._profile = profile
+        self._providers = profile.providers(room, files.variant, graphs=False)
         self._inputs = inputs
         samples = [room.to_tensor(one) for one in inputs]
         # Neighbours in length make batches without padding; pictures are all of one size.
@@ -87,13 +92,19 @@ class BareNetwork:
         self._outputs = [tensor.name for tensor in room.network_outputs]
 
     def session(self, threads: int) -> onnxruntime.InferenceSession:
-        """A session as the service opens it, with so many threads inside a run."""
+        """A session as the service opens it, with so many threads inside a run.
+
+        Raises:
+            ProviderRefused: it does not run where it should.
+        """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return onnxruntime.InferenceSession(self._file, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(self._file, options, providers=self._providers)
+        refuse_other_provider(self._profile.name, session.get_providers())
+        return session
 
     def measure(self, way: Way, seconds: float, *, decodes: bool = False) -> Runs:
         """Run batches for a while.
@@ -197,10 +208,15 @@ class _Lane:
 
 
 def open_network(model: str, models: Path, precision: str = "") -> BareNetwork:
-    """A model's network out of the repository, in the precision that the service takes or in this one."""
+    """A model's network out of the repository, in the precision that the service takes or in this one.
+
+    Raises:
+        ProviderRefused: there is no such place here.
+    """
     settings = Settings(models=models, precision=precision or "auto")
-    files = Repository(models).open(model, None, profile_of(settings).variants)
-    return BareNetwork(files.furnish(MODELS[model]), files, payloads.inputs_of(model))
+    profile = profile_of(settings)
+    files = Repository(models).open(model, None, profile.variants)
+    return BareNetwork(files.furnish(MODELS[model]), files, payloads.inputs_of(model), profile)
 
 
 def main() -> None:

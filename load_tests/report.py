@@ -33,7 +33,7 @@ from load_tests.measurement import (
 from load_tests.scenarios import Scenario, Section
 from load_tests.servers import ROOT
 from service.models import MODELS
-from service.providers import profile_of
+from service.providers import gpu_name, profile_of
 from service.repository import Repository
 from service.settings import Settings, cores, settings_file
 
@@ -83,13 +83,15 @@ class Outcome:
 def surroundings(models: Path) -> dict[str, Any]:
     """What the figures depend on: machine, versions, networks, commit; no names of hosts or folders."""
     repository = Repository(models)
+    profile = profile_of(Settings())
     networks = {}
     for model in sorted(set(repository.models()) & set(MODELS)):
-        files = repository.open(model, None, profile_of(Settings()).variants)
+        files = repository.open(model, None, profile.variants)
         digest = files.card["files"][files.variant]["sha256"][:12]
         networks[model] = f"{files.version} {files.variant}, sha256 {digest}"
     return {
         "cores": cores(),
+        **({"gpu": gpu_name()} if profile.is_gpu else {}),
         "processor": _processor(),
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),

@@ -25,6 +25,7 @@ from load_tests.scenarios import Scenario, Section, quintet, sections
 from load_tests.tune import Choice, gain, search, write
 from service.models import MODELS
 from service.models.digit import DIGIT
+from service.providers import NVIDIA_CARDS
 from service.settings import SETTINGS_FILE, read_settings
 from tests.conftest import MODELS_FOLDER, ROOT, SHIPPED, QuintetServer
 
@@ -253,6 +254,19 @@ def test_a_network_runs_bare(model: str, decodes: bool) -> None:
     assert runs.inputs >= 6
     assert runs.inputs % 3 == 0
     assert runs.inputs_per_second > 0
+
+
+@needs_wrk
+def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if NVIDIA_CARDS.is_dir():
+        pytest.skip("this machine has an NVIDIA card")
+    monkeypatch.setenv("QUINTET_RUNTIME", "cuda")
+    asked = command(tmp_path, "--only", "image")
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert "QUINTET_RUNTIME" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @needs_wrk
