@@ -447,6 +447,19 @@ def doors(workers: int) -> Section:
     )
 
 
+def tracing(workers: int) -> Section:
+    """What spans cost: of no request, of one in a hundred, of every one."""
+    png = payloads.pictures("digit")
+    command = _python("-m", "load_tests.traced", "--port", "{port}")
+    plain = Scenario(quintet(workers), png)
+    some = Scenario(Server("quintet, 1 % traced", workers, command, {"QUINTET_TRACE_SHARE": "0.01"}), png)
+    every = Scenario(Server("quintet, all traced", workers, command), png)
+    claim_some = claims.times("one request in a hundred traced, against none", some.name, (plain.name,), None)
+    claim_every = claims.times("every request traced, against none", every.name, (plain.name,), None)
+    rows = (plain, some, every)
+    return Section("tracing", "With and without spans", rows, (claim_some, claim_every), plain.name)
+
+
 def sections(workers: int, models: Iterable[str]) -> dict[str, Section]:
     """Every section that the repository's models allow, by name, in the order of a run."""
     there = [model for model in MODELS if model in set(models)]
@@ -458,6 +471,6 @@ def sections(workers: int, models: Iterable[str]) -> dict[str, Section]:
     }
     found = [section for model, of_model in rooms.items() if model in there for section in of_model]
     if "digit" in there:
-        found += [latency(workers), open_loop(workers), growth(workers), doors(workers)]
+        found += [latency(workers), open_loop(workers), growth(workers), doors(workers), tracing(workers)]
     found.append(mixed(workers, there))
     return {section.name: section for section in found}
