@@ -14,7 +14,6 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -44,8 +43,7 @@ EXTENSIONS: Final = (
 MAX_CLASSES: Final = 1 << 31
 
 
-@dataclass(frozen=True)
-class InputTensor:
+class InputTensor(NamedTuple):
     """One input as it was sent: `values` is flat or shaped, of the datatype's numpy type."""
 
     name: str
@@ -54,8 +52,7 @@ class InputTensor:
     values: Array
 
 
-@dataclass(frozen=True)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """One output to send: `values` has its whole shape, the batch axis first."""
 
     tensor: Tensor
