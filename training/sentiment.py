@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.functional import nll_loss
+from torch.nn.functional import one_hot
 from transformers import AttentionInterface, BertConfig, BertModel
 
 from service.models.sentiment import (
@@ -285,6 +285,28 @@ def load_corpus(folder: Path | None, *, verify: bool = True, holdout: int = 0) -
     return corpus
 
 
+_BREAK: Final = re.compile(r"(?:<br\s*/?>|\s)+")
+_END_OF_SENTENCE: Final = re.compile(r"(?<=[.!?])\s+")
+
+
+def snippets(reviews: Texts) -> Texts:
+    """Reviews in pieces of a few sentences, each with its review's label.
+
+    Most pieces speak as their review does; some tell the plot, or see the other side.
+    """
+    texts, labels = [], []
+    for text, label in zip(reviews.texts, reviews.labels.tolist(), strict=True):
+        piece: list[str] = []
+        for sentence in _END_OF_SENTENCE.split(_BREAK.sub(" ", text).strip()):
+            piece += sentence.split()
+            if len(piece) >= SNIPPET_WORDS[0]:
+                if len(piece) <= SNIPPET_WORDS[1]:
+                    texts.append(" ".join(piece))
+                    labels.append(label)
+                piece = []
+    return Texts(texts, np.array(labels, np.int64))
+
+
 def cut_up(tokenizer: Tokenizer, texts: Texts) -> list[Tokens]:
     """Texts in word pieces, as the room makes them: int64 [up to `MAX_TOKENS`] each."""
     return [to_tokens(tokenizer, text) for text in texts.texts]
@@ -306,31 +328,40 @@ def plan(
 ) -> list[list[Tensor]]:
     """The batches of a whole run: for each epoch int64 indices into all that is learnt from.
 
-    An epoch has every sentence, some of the phrases and some of the reviews. Texts of about
-    one length are batched together, so that next to nothing is computed for padding; a batch
-    ends at `settings.batch_size` texts or `recipe.batch_tokens` tokens, whatever comes first.
+    A round has every sentence, some of the phrases, some of the reviews and, early in the
+    run, some of the snippets. Texts of about one length are batched together, so that next
+    to nothing is computed for padding; a batch ends at `settings.batch_size` texts or
+    `recipe.batch_tokens` tokens, whatever comes first. There are as many rounds as epochs,
+    but epochs are equally many batches each, so early rounds may reach into the next epoch.
 
     Args:
-        lengths: In tokens, of sentences, phrases and reviews in this order, int64 [n].
+        lengths: In tokens, of sentences, phrases, reviews and snippets in this order, int64 [n].
         kinds: How many there are of each.
         recipe: Says how many, and how long.
         settings: Epochs, batch size and seed.
     """
     random = np.random.default_rng(settings.seed)
-    sentences, phrases, reviews = np.split(np.arange(len(lengths)), np.cumsum(kinds)[:-1])
+    sentences, phrases, reviews, pieces = np.split(np.arange(len(lengths)), np.cumsum(kinds)[:-1])
     some_phrases = _portions(phrases, recipe.phrase_share, settings.epochs, random)
     some_reviews = _portions(reviews, recipe.review_share, settings.epochs, random)
-    plans = []
+    some_pieces = _portions(pieces, recipe.snippet_share, settings.epochs, random)
+    plan: list[Tensor] = []
     for epoch in range(settings.epochs):
+        progress = (epoch + 1) / settings.epochs
         rows = np.concatenate([sentences, some_phrases[epoch], some_reviews[epoch]])
-        limit = recipe.limit((epoch + 1) / settings.epochs)
+        if progress <= recipe.snippets_until:
+            rows = np.concatenate([rows, some_pieces[epoch]])
         batches = _by_length(
-            rows, np.minimum(lengths[rows], limit), settings.batch_size, recipe.batch_tokens, random
+            rows,
+            np.minimum(lengths[rows], recipe.limit(progress)),
+            settings.batch_size,
+            recipe.batch_tokens,
+            random,
         )
-        plans.append([batches[number] for number in random.permutation(len(batches))])
+        plan += [batches[number] for number in random.permutation(len(batches))]
     # As many in every epoch: a batch more or less of hundreds is no loss.
-    fewest = min(map(len, plans))
-    return [batches[:fewest] for batches in plans]
+    steps = len(plan) // settings.epochs
+    return [plan[epoch * steps : (epoch + 1) * steps] for epoch in range(settings.epochs)]
 
 
 def _portions(
@@ -539,38 +570,38 @@ ARCHITECTURES: dict[str, Callable[[], Transformer | Gru]] = {"transformer": Tran
 # ---------------------------------------------------------------- loss
 
 
-def two_views(tokens: Tensor, hidden_by: int) -> Tensor:
-    """Each text twice, of either some words hidden: int64 [n, length] to [2 n, length].
+def hide_words(tokens: Tensor, hidden_by: int) -> Tensor:
+    """Texts with some of their words hidden, others each time: int64 [n, length].
 
-    The views of text i are rows i and n + i (token cutoff: Shen et al., *A Simple but
-    Tough-to-Beat Data Augmentation Approach for Natural Language Understanding*, 2020).
+    Token cutoff: Shen et al., *A Simple but Tough-to-Beat Data Augmentation Approach for
+    Natural Language Understanding*, 2020.
 
     Args:
         tokens: Texts side by side.
         hidden_by: The token that stands for a hidden word.
     """
-    twice = tokens.repeat(2, 1)
-    hidden = (torch.rand(twice.shape, device=twice.device) < HIDDEN_SHARE) & is_word(twice)
+    hidden = (torch.rand(tokens.shape, device=tokens.device) < HIDDEN_SHARE) & is_word(tokens)
     # What begins a text is no word of it.
     hidden[:, 0] = False
-    return twice.masked_fill(hidden, hidden_by)
+    return tokens.masked_fill(hidden, hidden_by)
 
 
-def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross entropy of two views of each text, and how far the views disagree.
+def loss(network: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Cross entropy, with labels believed as far as they are trusted.
 
-    The disagreement is the divergence of Kullback and Leibler, both ways (Liang et al.,
-    *R-Drop: Regularized Dropout for Neural Networks*, 2021).
+    What a label is not trusted with, the network says itself (Reed et al., *Training Deep
+    Neural Networks on Noisy Labels with Bootstrapping*, 2015).
 
     Args:
         network: Takes tokens.
-        batch: What `two_views` gave, int64 [2 n, length], and the texts' labels, int64 [n].
+        batch: Tokens, int64 [n, length]; the texts' labels, int64 [n]; how far each is
+            trusted, float32 [n] in 0..1.
     """
-    views, labels = batch
-    one, other = network(views).float().log_softmax(1).chunk(2)
-    surprise = (nll_loss(one, labels) + nll_loss(other, labels)) / 2
-    disagreement = ((one.exp() - other.exp()) * (one - other)).sum(1).mean() / 2
-    return surprise + AGREEMENT * disagreement
+    tokens, labels, trust = batch
+    said = network(tokens).float().log_softmax(1)
+    own = said.exp().detach()
+    truth = own + trust[:, None] * (one_hot(labels, len(LABELS)) - own)
+    return -(truth * said).sum(1).mean()
 
 
 # ---------------------------------------------------------------- score
@@ -693,9 +724,11 @@ PHRASE_WORDS: Final = 4
 """Shorter phrases ("a good film") are anybody's."""
 
 HIDDEN_SHARE: Final = 0.08
-"""Of a text's words, in each view of it."""
-AGREEMENT: Final = 1.0
-"""What the views' disagreement weighs beside the surprise at the label."""
+"""Of a text's words, each time that it is read."""
+SNIPPET_WORDS: Final = (12, 50)
+"""A snippet ends with the sentence that makes it so long, or is left out where that is too long."""
+SNIPPET_TRUST: Final = 0.6
+"""How far a snippet's label, which is its review's, is believed."""
 AVERAGE_DECAY: Final = 0.998
 CLASSIFY_RATE: Final = 5.0
 """The new layers start from nothing, so they learn faster than the pretrained ones."""
@@ -714,6 +747,8 @@ class Recipe:
         weight_decay: Of matrices.
         phrase_share: Of the phrases, in an epoch.
         review_share: Of the reviews, in an epoch.
+        snippet_share: Of the snippets, in an epoch.
+        snippets_until: From this part of the run on there are no snippets.
         short_tokens: Reviews are cut to this length at first.
         long_from: From this part of the run on they are as long as the room lets them be.
         precision: Where the command line leaves it open.
@@ -728,6 +763,8 @@ class Recipe:
     weight_decay: float
     phrase_share: float
     review_share: float
+    snippet_share: float
+    snippets_until: float
     short_tokens: int
     long_from: float
     precision: str
@@ -743,8 +780,8 @@ class Recipe:
 
 
 RECIPES = {
-    "transformer": Recipe(5, 64, 8_192, 8e-5, 0.85, 0.01, 0.5, 0.06, 256, 0.7, "auto"),
-    "gru": Recipe(4, 96, 16_384, 2e-3, 1.0, 0.01, 1.0, 0.25, 256, 0.7, "fp32"),
+    "transformer": Recipe(8, 64, 8_192, 1e-4, 0.9, 0.01, 0.4, 0.06, 0.15, 0.65, 256, 0.75, "auto"),
+    "gru": Recipe(4, 96, 16_384, 2e-3, 1.0, 0.01, 1.0, 0.25, 0.1, 0.0, 256, 0.7, "fp32"),
 }
 
 
@@ -761,7 +798,8 @@ def train(run: fit.Run) -> dict[str, Any]:
     tokenizer_file = load_minilm(run.data, TOKENIZER, verify=run.verify)
     tokenizer = load_tokenizer(tokenizer_file)
     corpus = load_corpus(run.data, verify=run.verify, holdout=run.holdout)
-    material = corpus.sentences + corpus.phrases + corpus.reviews
+    pieces = snippets(corpus.reviews)
+    material = corpus.sentences + corpus.phrases + corpus.reviews + pieces
     settings = fit.Settings(
         epochs=run.epochs or recipe.epochs,
         batch_size=run.batch_size or recipe.batch_size,
@@ -777,7 +815,9 @@ def train(run: fit.Run) -> dict[str, Any]:
         network.to(device)
         tokens, labels = cut_up(tokenizer, material), torch.from_numpy(material.labels)
         hidden_by = tokenizer.token_to_id("[MASK]") or tokenizer.token_to_id("[UNK]")
-        kinds = [len(corpus.sentences), len(corpus.phrases), len(corpus.reviews)]
+        kinds = [len(corpus.sentences), len(corpus.phrases), len(corpus.reviews), len(pieces)]
+        trust = torch.ones(len(tokens))
+        trust[-len(pieces) :] = SNIPPET_TRUST
         batches = plan(np.array([len(text) for text in tokens]), kinds, recipe, settings)
         steps = settings.epochs * len(batches[0])
         optimizer = torch.optim.AdamW(
@@ -788,10 +828,11 @@ def train(run: fit.Run) -> dict[str, Any]:
         )
         reader = fit.Player("sentiment", network, loss, optimizer, schedule, AVERAGE_DECAY)
 
-        def batch_of(indices: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        def batch_of(indices: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
             limit = recipe.limit(progress)
             chosen = padded([shorten(tokens[row], limit) for row in indices])
-            return two_views(chosen.to(device), hidden_by), labels[indices].to(device)
+            shown = hide_words(chosen.to(device), hidden_by)
+            return shown, labels[indices].to(device), trust[indices].to(device)
 
         curve = cut_up(tokenizer, corpus.calibration), cut_up(tokenizer, corpus.long_calibration)
 
