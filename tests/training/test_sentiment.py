@@ -112,7 +112,7 @@ def test_a_broken_off_run_goes_on_as_if_nothing_had_happened(
     steps = 0
     usual = sentiment.loss
 
-    def breaks(network: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def breaks(network: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         nonlocal steps
         steps += 1
         if steps == half:
@@ -133,9 +133,9 @@ def _steps(folder: Path, arch: str) -> int:
     """Batches in an epoch of the small data."""
     tokenizer = sentiment.load_tokenizer(tokenizer_file())
     corpus = sentiment.load_corpus(folder, verify=False)
-    parts = [corpus.sentences, corpus.phrases, corpus.reviews]
+    parts = [corpus.sentences, corpus.phrases, corpus.reviews, sentiment.snippets(corpus.reviews)]
     lengths = np.array([len(text) for part in parts for text in sentiment.cut_up(tokenizer, part)])
-    plan = sentiment.plan(lengths, list(map(len, parts)), sentiment.RECIPES[arch], Settings(3, 8))
+    plan = sentiment.plan(lengths, list(map(len, parts)), sentiment.RECIPES[arch], Settings(5, 8))
     return len(plan[0])
 
 
@@ -216,23 +216,68 @@ def test_a_sentence_is_what_no_longer_text_holds() -> None:
 def test_batches_hold_texts_of_one_length_and_no_more_than_they_may() -> None:
     chance = np.random.default_rng(0)
     lengths = np.concatenate(
-        [chance.integers(5, 40, 200), chance.integers(3, 9, 300), chance.integers(90, 600, 80)]
+        [
+            chance.integers(5, 40, 200),
+            chance.integers(3, 9, 300),
+            chance.integers(90, 600, 80),
+            chance.integers(12, 60, 400),
+        ]
     )
     lengths = np.minimum(lengths, 512)
     recipe = sentiment.RECIPES["transformer"]
-    plan = sentiment.plan(lengths, [200, 300, 80], recipe, Settings(epochs=4, batch_size=32))
+    plan = sentiment.plan(lengths, [200, 300, 80, 400], recipe, Settings(epochs=4, batch_size=32))
     assert len(plan) == 4
     assert len({len(batches) for batches in plan}) == 1, "as many batches in every epoch"
     for epoch, batches in enumerate(plan, start=1):
         longest = recipe.limit(epoch / len(plan))
         for batch in batches:
             assert len(batch) <= 32
-            assert len(batch) * min(lengths[batch].max(), longest) <= recipe.batch_tokens
-        rows = torch.cat(batches).tolist()
-        assert len(set(rows)) == len(rows), "nothing twice in an epoch"
+            # Reviews grow with the rounds, which are not quite the epochs.
+            assert len(batch) * min(lengths[batch].max(), longest, recipe.short_tokens) <= recipe.batch_tokens
     shown = torch.cat([torch.cat(batches) for batches in plan])
-    reviews_shown = shown[shown >= 500].bincount(minlength=580)[500:]
-    assert reviews_shown.max() - reviews_shown.min() <= 2
+    times = shown.bincount(minlength=980)
+    assert times[:200].max() <= 4, "a sentence once in a round"
+    assert times[500:580].max() - times[500:580].min() <= 2
+    assert (torch.cat(plan[0]) >= 580).any()
+    assert not (torch.cat(plan[-1]) >= 580).any(), "snippets come early"
+
+
+def test_a_snippet_is_a_few_sentences_of_a_review_with_its_label() -> None:
+    review = (
+        "A film of few words.<br /><br />It says more with a look than others do in an hour! "
+        "Short. "
+        + "one two three four five six " * 10
+        + ". I would see it again tomorrow, and the day after that, too."
+    )
+    found = sentiment.snippets(sentiment.Texts(["Too short.", review], np.array([0, 1])))
+    assert found.texts == [
+        "A film of few words. It says more with a look than others do in an hour!",
+        "I would see it again tomorrow, and the day after that, too.",
+    ]
+    assert found.labels.tolist() == [1, 1]
+
+
+def test_hidden_words_are_words_and_never_the_first() -> None:
+    torch.manual_seed(0)
+    tokens = sentiment.padded([np.arange(5, 500), np.arange(5, 100)])
+    hidden = sentiment.hide_words(tokens, hidden_by=3)
+    changed = hidden != tokens
+    assert not changed[:, 0].any()
+    assert not changed[tokens == PADDING].any()
+    assert (hidden[changed] == 3).all()
+    assert 0.05 < changed[0].float().mean() < 0.11
+
+
+def test_a_label_is_believed_as_far_as_it_is_trusted() -> None:
+    said = torch.tensor([[0.0, 2.0]])
+    trusted, doubted, ignored = (
+        sentiment.loss(torch.nn.Identity(), (said, torch.tensor([0]), torch.tensor([trust]))).item()
+        for trust in (1.0, 0.6, 0.0)
+    )
+    own = said.softmax(1)
+    assert trusted == pytest.approx(-own.log()[0, 0].item())
+    assert ignored == pytest.approx(-(own * own.log()).sum().item())
+    assert doubted == pytest.approx(0.6 * trusted + 0.4 * ignored)
 
 
 @pytest.mark.parametrize(
