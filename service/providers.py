@@ -80,6 +80,13 @@ class Profile:
         best = _measured(card).get("best", {}).get(variant, {})
         return self.cores if self.cores > 1 and best.get("threads", 1) > 1 else 1
 
+    def piece_for(self, card: Mapping[str, Any], variant: str) -> int:
+        """How many inputs of a batch run at a time: as many as the card found fastest on a CPU; 0 for all.
+
+        What a larger batch works on no longer fits into a core's cache, and texts would be padded.
+        """
+        return 0 if self.is_gpu else int(_measured(card).get("best", {}).get(variant, {}).get("batch", 0))
+
     def providers(self, room: Room, variant: str, *, graphs: bool) -> list[tuple[str, dict[str, str]]]:
         """ONNX Runtime's providers with their options, in the order of preference.
 

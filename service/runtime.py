@@ -100,11 +100,21 @@ class Network:
         self._replays = graphs
         self._rungs: dict[tuple[int, ...], _Rung] = {}
         self._one_at_a_time = threading.Lock()
+        # On places made beforehand whole batches run.
+        self._piece = 0 if self._is_bound else profile.piece_for(card, variant)
         self._inputs = [tensor.name for tensor in room.network_inputs]
         self._outputs = [tensor.name for tensor in room.network_outputs]
 
     def run(self, samples: Sequence[Sample]) -> list[tuple[Array, ...]]:
-        """Run the network once over all samples; one row of outputs each, in order."""
+        """Run the network over all samples, in pieces that suit it; one row of outputs each, in order."""
+        piece = self._piece or len(samples)
+        return [
+            row
+            for start in range(0, len(samples), piece)
+            for row in self._run_together(samples[start : start + piece])
+        ]
+
+    def _run_together(self, samples: Sequence[Sample]) -> list[tuple[Array, ...]]:
         feed = {
             name: _stack([sample.tensors[position] for sample in samples])
             for position, name in enumerate(self._inputs)
