@@ -3,7 +3,8 @@
 A batch forms while the one before it runs; nobody waits when nothing runs, unless a
 window is set. Short batches run on the event loop, once per turn, over all that came
 in meanwhile: a thread would cost more than it gives. Longer ones run in lanes: threads
-that all models share. Samples of several lengths are batched with those of about their own.
+that all models share, as they share the loop's turns. Samples of several lengths are
+batched with those of about their own.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from typing import Final
 import structlog
 
 from service.errors import DeadlineExceeded, InternalError, Overloaded, QuintetError
-from service.lanes import Lanes
+from service.lanes import Lanes, LoopTurns
 from service.models.spec import Array, Sample
 
 Row = tuple[Array, ...]
@@ -114,6 +115,7 @@ class Batcher:
         max_batch: int,
         window_seconds: float = 0.0,
         lanes: Lanes | None = None,
+        loop_turns: LoopTurns | None = None,
         length_of: Callable[[Sample], int] | None = None,
         max_tokens: int = 1 << 62,
         seconds_per_input: float = 0.0,
@@ -127,11 +129,12 @@ class Batcher:
             max_batch: Samples that run together at the most.
             window_seconds: How long the first of a batch waits for company.
             lanes: Threads to run batches in, by turns with others; None runs every batch on the event loop.
+            loop_turns: Whom to share the event loop with, where there are no lanes; None for nobody.
             length_of: A sample's length, where samples have several and shorter ones are padded:
                 then those of about one length run together.
             max_tokens: The longest length times the samples of one batch, at the most (one sample
                 alone may be longer).
-            seconds_per_input: A first guess at what one sample takes; measured from then on.
+            seconds_per_input: What one sample takes.
             on_batch: Told the size, the compute seconds and the jobs' queue seconds of each batch.
         """
         self._run = run
@@ -139,6 +142,7 @@ class Batcher:
         self._max_batch = max_batch
         self._window = window_seconds
         self._lanes = lanes
+        self._loop_turns = loop_turns or LoopTurns()
         self._length_of = length_of
         self._max_tokens = max_tokens
         self._on_batch = on_batch or (lambda size, compute, waits: None)
@@ -148,6 +152,7 @@ class Batcher:
         self._window_timer: asyncio.TimerHandle | None = None
         self._running = 0
         self._busy_since = 0.0
+        self._per_second = 1 / seconds_per_input if seconds_per_input else math.inf
         self._pace = seconds_per_input
         self.depth = 0
         self.spent_seconds = 0.0
@@ -232,19 +237,27 @@ class Batcher:
         self._turn_is_booked = True
         loop = asyncio.get_running_loop()
         if self._window and not is_full:
-            self._window_timer = loop.call_later(self._window, self._turn)
+            self._window_timer = loop.call_later(self._window, self._ask)
+        elif self._lanes is None:
+            self._ask()
         else:
             # Not at once: others whose bytes came in the same turn of the loop join in.
-            loop.call_soon(self._turn)
+            loop.call_soon(self._ask)
 
-    def _turn(self) -> None:
-        self._turn_is_booked = False
+    def _ask(self) -> None:
+        """Ask for the turn that was booked."""
         self._window_timer = None
-        if self._lanes is not None:
-            self._is_asking = True
-            self._lanes.ask(self)
+        if self._lanes is None:
+            self._loop_turns.ask(self)
             return
-        batch = self._take_batch()
+        self._turn_is_booked = False
+        self._is_asking = True
+        self._lanes.ask(self)
+
+    def run_turn(self, seconds: float) -> None:
+        """Run the next batch on the event loop: as many as take so long, but one at least."""
+        self._turn_is_booked = False
+        batch = self._take_batch(max(1, int(min(self._max_batch, seconds * self._per_second))))
         if not batch:
             return
         self._finish(batch, *_timed(self._run, batch))
@@ -255,7 +268,7 @@ class Batcher:
         """Run the next batch in a lane that was given to us; False where nobody waits any more."""
         assert self._lanes is not None, "only batchers with lanes ask for them"
         self._is_asking = False
-        batch = self._take_batch()
+        batch = self._take_batch(self._max_batch)
         if not batch:
             return False
         self._running += 1
@@ -276,19 +289,19 @@ class Batcher:
         high, normal, low = self._lines
         return bool(normal or high or low)
 
-    def _take_batch(self) -> list[Slot]:
-        """The next samples in line, leaving out those whose caller is gone or out of time."""
+    def _take_batch(self, most: int) -> list[Slot]:
+        """The next samples in line, `most` at the most, but for those whose caller is gone or out of time."""
         if self._length_of is not None:
-            return self._take_batch_of_one_length()
+            return self._take_batch_of_one_length(most)
         now = time.monotonic()
         batch: list[Slot] = []
         for line in self._lines_in_turn():
-            while line and len(batch) < self._max_batch:
+            while line and len(batch) < most:
                 job = line[0]
                 if self._is_over(job, now):
                     job.fail(_too_late())
                     self._drop(job)
-                end = min(len(job.samples), job.next + self._max_batch - len(batch))
+                end = min(len(job.samples), job.next + most - len(batch))
                 batch.extend((job, index) for index in range(job.next, end))
                 self.release(end - job.next)
                 job.next = end
@@ -312,10 +325,10 @@ class Batcher:
                 waiting.sort(key=lambda line: line is not oldest)
         return waiting
 
-    def _take_batch_of_one_length(self) -> list[Slot]:
+    def _take_batch_of_one_length(self, most: int) -> list[Slot]:
         """The sample whose turn it is, and those whose lengths are nearest to its own.
 
-        As many as fit: at most `max_batch`, no more than `max_tokens` with their padding, and of
+        As many as fit: `most` at the most, no more than `max_tokens` with their padding, and of
         those at most `LARGEST_WASTE` padding.
         """
         now = time.monotonic()
@@ -331,7 +344,7 @@ class Batcher:
                 )
             if len(candidates) >= self._max_batch:
                 break
-        chosen = self._around_the_first(candidates) if candidates else []
+        chosen = self._around_the_first(candidates, most) if candidates else []
         # In the order in which they came, so that a job's samples stand together.
         batch = [slot for _, _, slot in sorted(chosen, key=lambda one: one[1])]
         for job, index in batch:
@@ -344,13 +357,15 @@ class Batcher:
             line.extend(left)
         return batch
 
-    def _around_the_first(self, candidates: list[tuple[int, int, Slot]]) -> list[tuple[int, int, Slot]]:
-        """The first of (length, place, slot), with its nearest in length on both sides."""
+    def _around_the_first(
+        self, candidates: list[tuple[int, int, Slot]], most: int
+    ) -> list[tuple[int, int, Slot]]:
+        """The first of (length, place, slot), with its nearest in length on both sides: `most` together."""
         first = candidates[0]
         ranked = sorted(candidates, key=lambda one: one[:2])
         low = high = ranked.index(first)
         tokens = longest = first[0]
-        while high - low + 1 < min(len(ranked), self._max_batch):
+        while high - low + 1 < min(len(ranked), most):
             size = high - low + 2
             shorter = ranked[low - 1][0] if low else None
             longer = ranked[high + 1][0] if high + 1 < len(ranked) else None

@@ -14,7 +14,7 @@ from typing import Final
 
 import structlog
 
-from service.lanes import Lanes
+from service.lanes import Lanes, LoopTurns
 from service.loaded_model import LoadedModel
 from service.metrics import Board
 from service.models import MODELS
@@ -59,11 +59,12 @@ class Catalogue:
     everything else blocks and belongs into one thread at a time, which a lock sees to.
     """
 
-    def __init__(self, settings: Settings, board: Board, lanes: Lanes) -> None:
+    def __init__(self, settings: Settings, board: Board, lanes: Lanes, loop_turns: LoopTurns) -> None:
         self._settings = settings
         self._profile = profile_of(settings)
         self._board = board
         self._lanes = lanes
+        self._loop_turns = loop_turns
         self._lock = threading.Lock()
         self.models: dict[str, dict[str, LoadedModel]] = {}
         self._opened: dict[tuple[str, str], Fingerprint] = {}
@@ -209,7 +210,9 @@ class Catalogue:
 
     def _load(self, files: ModelFiles) -> LoadedModel:
         room = MODELS[files.model]
-        return LoadedModel(files, room, self._settings, self._profile, self._board, self._lanes)
+        return LoadedModel(
+            files, room, self._settings, self._profile, self._board, self._lanes, self._loop_turns
+        )
 
     def _replace(self, model: str, versions: dict[str, LoadedModel]) -> None:
         """Have these versions serve, instead of those that did."""

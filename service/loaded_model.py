@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from service.batcher import Batcher
-from service.lanes import Lanes
+from service.lanes import Lanes, LoopTurns
 from service.metrics import Board, Tally
 from service.models.spec import Room, Sample
 from service.providers import Profile
@@ -35,6 +35,7 @@ class LoadedModel:
         profile: Profile,
         board: Board,
         lanes: Lanes,
+        loop_turns: LoopTurns,
     ) -> None:
         """Open, check and warm the network.
 
@@ -67,6 +68,7 @@ class LoadedModel:
             max_batch=policy.max_batch if length_axis is not None else min(policy.max_batch, fits),
             window_seconds=policy.batch_window_ms / 1000,
             lanes=None if inline else lanes,
+            loop_turns=loop_turns,
             length_of=None if length_axis is None else lambda sample: _length(sample, length_axis),
             max_tokens=min(policy.max_tokens, fits * _length(sample, length_axis or 0)),
             seconds_per_input=seconds,

@@ -1,7 +1,9 @@
 """The real batcher, with small functions in the network's place."""
 
 import asyncio
+import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,7 @@ import pytest
 
 from service.batcher import LARGEST_WASTE, PATIENCE_SECONDS, Batcher, Priority, Row
 from service.errors import DeadlineExceeded, InternalError, Overloaded
-from service.lanes import Lanes
+from service.lanes import NICENESS, Lanes, LoopTurns
 from service.models.spec import Sample
 
 POISON = -1
@@ -391,6 +393,41 @@ async def test_batchers_that_share_lanes_get_the_same_share_of_them(lanes: Lanes
     assert spent["slow"] == pytest.approx(0.2, rel=0.5)
     one.cancel()
     await asyncio.gather(one, return_exceptions=True)
+
+
+async def test_batchers_that_share_the_loop_take_no_longer_together_than_one_alone_may() -> None:
+    one, other = Doubler(), Doubler()
+    turns = LoopTurns(seconds=0.008)
+    batchers = [
+        Batcher(run, queue_size=1000, max_batch=8, loop_turns=turns, seconds_per_input=0.001)
+        for run in (one, other)
+    ]
+    await asyncio.gather(*(ask(batcher, *range(8)) for batcher in batchers))
+    assert [len(batch) for batch in one.batches] == [4, 4] == [len(batch) for batch in other.batches]
+    await ask(batchers[0], *range(8))
+    assert len(one.batches[-1]) == 8
+
+
+async def test_an_input_that_takes_longer_than_a_share_of_the_loop_runs_alone() -> None:
+    one, other = Doubler(), Doubler()
+    turns = LoopTurns(seconds=0.008)
+    slow = Batcher(one, queue_size=10, max_batch=8, loop_turns=turns, seconds_per_input=0.005)
+    quick = Batcher(other, queue_size=10, max_batch=8, loop_turns=turns, seconds_per_input=0.001)
+    assert await asyncio.gather(ask(slow, 1, 2), ask(quick, 3)) == [[2, 4], [6]]
+    assert one.batches == [[1], [2]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives each thread a niceness of its own")
+async def test_lanes_let_the_loop_go_first(lanes: Lanes) -> None:
+    niceness: list[int] = []
+
+    def run(batch: Sequence[Sample]) -> list[Row]:
+        niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return [(np.array(0),) for _ in batch]
+
+    await ask(Batcher(run, queue_size=10, max_batch=1, lanes=lanes), 1)
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert niceness == [min(19, mine + NICENESS)]
 
 
 async def test_who_comes_back_after_a_pause_has_no_savings(lanes: Lanes) -> None:

@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from service.catalogue import READY, UNAVAILABLE, Catalogue, Entry
 from service.commands import Command, Commands
-from service.lanes import Lanes
+from service.lanes import Lanes, LoopTurns
 from service.metrics import Board
 from service.models.digit import DIGIT
 from service.repository import RepositoryError
@@ -67,7 +67,7 @@ def models(tmp_path: Path) -> Path:
 @pytest.fixture
 def catalogue(models: Path, tmp_path: Path) -> Iterator[Catalogue]:
     lanes, board = Lanes(1), Board(tmp_path / "board")
-    found = Catalogue(Settings(models=models), board, lanes)
+    found = Catalogue(Settings(models=models), board, lanes, LoopTurns())
     found.load_all()
     yield found
     lanes.close()
@@ -189,12 +189,12 @@ def test_a_start_passes_over_a_broken_version_but_not_over_a_model_without_a_goo
 ) -> None:
     lanes, board = Lanes(1), Board(tmp_path / "board")
     add_version(models, 2, damaged=True)
-    found = Catalogue(Settings(models=models), board, lanes)
+    found = Catalogue(Settings(models=models), board, lanes, LoopTurns())
     found.load_all()
     assert versions(found) == ["1"]
     add_version(models, 1, damaged=True)
     with pytest.raises(RepositoryError, match="sha256"):
-        Catalogue(Settings(models=models), board, lanes).load_all()
+        Catalogue(Settings(models=models), board, lanes, LoopTurns()).load_all()
     lanes.close()
     board.close()
 
