@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     which = options.add_mutually_exclusive_group()
     which.add_argument("--seed", type=_seed, default=0, help="sows every random number; default: 0")
     which.add_argument("--seeds", type=_seed, nargs="+", metavar="SEED", help="several runs, one for each")
+    options.add_argument(
+        "--average", action="store_true", help="with --seeds: keep the mean of the runs' weights, too"
+    )
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     options.add_argument(
         "--precision",
@@ -68,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="default: runs/<model>-<arch>-seed<seed>; with --seeds, DIR/seed<seed>",
+        help="default: runs/<model>-<arch>-seed<seed>; with --seeds, DIR/seed<seed>; of --average, …average",
     )
     options.add_argument("--resume", action="store_true", help="go on where a broken-off run stopped")
     return options
@@ -83,6 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arch not in story.ARCHITECTURES:
         known = ", ".join(story.ARCHITECTURES)
         options.error(f"there is no architecture {arch!r} for {chosen.model}; choose from {known}")
+    if chosen.average and len(set(chosen.seeds or ())) < 2:
+        options.error("--average needs two runs or more; name their seeds, as in --seeds 0 1")
+    if chosen.average and arch not in getattr(story, "AVERAGED", ()):
+        options.error(
+            f"runs of {chosen.model}'s {arch} each start from weights of their own, so their mean is no "
+            "network; --average is for sentiment's transformer"
+        )
     try:
         _train(story, chosen, arch)
     except TrainingError as error:
@@ -102,16 +112,14 @@ def _train(story: ModuleType, chosen: argparse.Namespace, arch: str) -> None:
     from training.card import note_seeds
     from training.fit import Run
 
-    several = chosen.seeds is not None
-    folders = []
-    for seed in chosen.seeds or [chosen.seed]:
-        out = chosen.out or Path("runs") / f"{chosen.model}-{arch}-seed{seed}"
-        if several and chosen.out:
-            out = chosen.out / f"seed{seed}"
-        run = Run(
+    seeds = chosen.seeds or [chosen.seed]
+
+    def run_of(name: str, seed: int, averaged: tuple[int, ...] = ()) -> Run:
+        out = chosen.out or Path("runs") / f"{chosen.model}-{arch}-{name}"
+        return Run(
             model=chosen.model,
             arch=arch,
-            out=out,
+            out=out / name if chosen.out and chosen.seeds else out,
             epochs=chosen.epochs,
             batch_size=chosen.batch_size,
             seed=seed,
@@ -121,13 +129,21 @@ def _train(story: ModuleType, chosen: argparse.Namespace, arch: str) -> None:
             verify=not chosen.own_data,
             holdout=chosen.holdout,
             resume=chosen.resume,
+            averaged=averaged,
         )
+
+    runs = [run_of(f"seed{seed}", seed) for seed in seeds]
+    for run in runs:
         card = story.train(run)
-        folders.append(out)
         if card:
-            print(f"{out}: {card['scores']}")
-    if several and int(os.environ.get("RANK", "0")) == 0:
-        print(note_seeds(folders))
+            print(f"{run.out}: {card['scores']}")
+    if not chosen.seeds or int(os.environ.get("RANK", "0")) != 0:
+        return
+    folders = [run.out for run in runs]
+    print(note_seeds(folders))
+    if chosen.average:
+        mean = run_of("average", seeds[0], tuple(seeds))
+        print(f"{mean.out}: {story.average(mean, folders)['scores']}")
 
 
 if __name__ == "__main__":

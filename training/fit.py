@@ -73,6 +73,7 @@ class Run:
         holdout: Score on the last so many training examples instead of the test half,
             to tune a recipe without looking at the test half.
         resume: Go on where a broken-off run in `out` stopped.
+        averaged: The seeds of the runs whose mean this is; none for a run of its own.
     """
 
     model: str
@@ -87,12 +88,16 @@ class Run:
     verify: bool = True
     holdout: int = 0
     resume: bool = False
+    averaged: tuple[int, ...] = ()
 
     def command(self, settings: Settings) -> str:
         """The command that does this run again on another machine."""
+        seeds = f"--seed {settings.seed}"
+        if self.averaged:
+            seeds = f"--seeds {' '.join(map(str, self.averaged))} --average"
         command = (
             f"python -m training {self.model} --arch {self.arch} --epochs {settings.epochs} "
-            f"--batch-size {settings.batch_size} --seed {settings.seed} --device {settings.device}"
+            f"--batch-size {settings.batch_size} {seeds} --device {settings.device}"
         )
         if self.holdout:
             command += f" --holdout {self.holdout}"

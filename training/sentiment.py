@@ -595,6 +595,9 @@ def _onnx_gates(parameter: Tensor) -> Tensor:
 ARCHITECTURES: dict[str, Callable[[], Transformer | Gru]] = {"transformer": Transformer, "gru": Gru}
 """Each takes tokens int64 [n, length] and gives logits [n, 2]."""
 
+AVERAGED: Final = ("transformer",)
+"""Architectures whose runs all start from the same weights, so that their mean is a network, too."""
+
 
 # ---------------------------------------------------------------- loss
 
@@ -920,15 +923,10 @@ def train(run: fit.Run) -> dict[str, Any]:
     tokenizer_file = load_minilm(run.data, TOKENIZER, verify=run.verify)
     tokenizer = load_tokenizer(tokenizer_file)
     corpus = load_corpus(run.data, verify=run.verify, holdout=run.holdout)
-    pieces = snippets(corpus.reviews)
+    nothing = Texts([], np.zeros(0, np.int64))
+    pieces = snippets(corpus.reviews) if recipe.snippets_until or recipe.reading_epochs else nothing
     material = corpus.sentences + corpus.phrases + corpus.reviews + pieces
-    settings = fit.Settings(
-        epochs=run.epochs or recipe.epochs,
-        batch_size=run.batch_size or recipe.batch_size,
-        seed=run.seed,
-        device=run.device,
-        precision=recipe.precision if run.precision == "auto" else run.precision,
-    )
+    settings = _settings(run)
     with fit.processes(run.device) as device:
         fit.sow(run.seed)
         network = ARCHITECTURES[run.arch]()
@@ -988,43 +986,93 @@ def train(run: fit.Run) -> dict[str, Any]:
         story.minutes += reading.minutes
         if fit.process_rank() != 0:
             return {}
-        heat = fit_temperature(
-            answers(reader.averaged, curve[0] + curve[1], device),
-            np.concatenate([corpus.calibration.labels, corpus.long_calibration.labels]),
+        facts = _write_up(
+            run, reader.averaged, corpus, tokenizer_file, card.training_facts(run, settings, story, network)
         )
-        questions = corpus.questions + corpus.long_questions
-        probabilities = answers(
-            head(reader.averaged, {"temperature": heat}), cut_up(tokenizer, questions), device
-        )
-        asked = f"{run.holdout} sentences of SST-2 train" if run.holdout else "SST-2 dev"
-        facts = {
-            "model": SENTIMENT.name,
-            "arch": run.arch,
-            "task": SENTIMENT.task,
-            "labels": list(LABELS),
-            "scores": scores([probabilities.numpy()], truth_of(corpus)),
-            "temperature": heat,
-            "data": {
-                "name": DATA if run.verify else "own texts",
-                "sha256": questions.sha256,
-                "split": f"{asked} and {len(corpus.long_questions):,} reviews held back from IMDB train",
-            },
-            "training": card.training_facts(run, settings, story, reader.averaged),
-            "licence": "Apache-2.0, as MiniLM's; SST-2 (Socher et al.) and IMDB (Maas et al.) state none",
-            "intended_use": "Opinions in English: a sentence, a comment, a review.",
-            "limits": (
-                "Learnt from film reviews. Every text gets one of two answers, also one that states a "
-                "fact, is of two minds or is not in English; irony is often missed. Of more than 512 word "
-                "pieces the first 128 and the last 384 are read."
-            ),
-        }
-        card.write_checkpoint(run.out, reader.averaged, facts, {TOKENIZER: tokenizer_file})
-        predicted = probabilities.argmax(1).numpy()
-        counts = np.zeros((len(LABELS), len(LABELS)), np.int64)
-        np.add.at(counts, (questions.labels, predicted), 1)
-        card.draw_confusion(counts, LABELS, run.out / "confusion_matrix.png")
         card.draw_curve(story.epochs, "accuracy", run.out / "learning_curve.png")
         return facts
+
+
+def average(run: fit.Run, folders: Sequence[Path]) -> dict[str, Any]:
+    """Keep the mean of finished runs' weights, score it, and leave both in `run.out`.
+
+    Runs that start from the same pretrained weights end in one valley, and its middle tells
+    more texts right than its slopes do (Wortsman et al., *Model soups*, 2022).
+
+    Args:
+        run: As the runs were, but for `out`; `averaged` has their seeds.
+        folders: Of the runs, which differ in nothing but their seed.
+
+    Returns:
+        The card.
+
+    Raises:
+        TrainingError: a run is missing or damaged.
+    """
+    networks, cards = zip(*map(card.read_checkpoint, folders), strict=True)
+    corpus = load_corpus(run.data, verify=run.verify, holdout=run.holdout)
+    mean: nn.Module = ARCHITECTURES[run.arch]()
+    states = [network.state_dict() for network in networks]
+    mean.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
+    minutes = sum(facts["training"]["minutes"] for facts in cards)
+    training = card.training_facts(run, _settings(run), fit.Story(minutes=minutes), mean)
+    tokenizer_file = load_minilm(run.data, TOKENIZER, verify=run.verify)
+    return _write_up(run, mean.to(run.device), corpus, tokenizer_file, training)
+
+
+def _settings(run: fit.Run) -> fit.Settings:
+    """The recipe's, unless the command line says otherwise."""
+    recipe = RECIPES[run.arch]
+    return fit.Settings(
+        epochs=run.epochs or recipe.epochs,
+        batch_size=run.batch_size or recipe.batch_size,
+        seed=run.seed,
+        device=run.device,
+        precision=recipe.precision if run.precision == "auto" else run.precision,
+    )
+
+
+def _write_up(
+    run: fit.Run, network: nn.Module, corpus: Corpus, tokenizer_file: bytes, training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Find the temperature, score the network, and leave it, its card and a picture in `run.out`.
+
+    Returns:
+        The card.
+    """
+    device = next(network.parameters()).device
+    tokenizer = load_tokenizer(tokenizer_file)
+    calibrating = corpus.calibration + corpus.long_calibration
+    heat = fit_temperature(answers(network, cut_up(tokenizer, calibrating), device), calibrating.labels)
+    questions = corpus.questions + corpus.long_questions
+    probabilities = answers(head(network, {"temperature": heat}), cut_up(tokenizer, questions), device)
+    asked = f"{run.holdout} sentences of SST-2 train" if run.holdout else "SST-2 dev"
+    facts = {
+        "model": SENTIMENT.name,
+        "arch": run.arch,
+        "task": SENTIMENT.task,
+        "labels": list(LABELS),
+        "scores": scores([probabilities.numpy()], truth_of(corpus)),
+        "temperature": heat,
+        "data": {
+            "name": DATA if run.verify else "own texts",
+            "sha256": questions.sha256,
+            "split": f"{asked} and {len(corpus.long_questions):,} reviews held back from IMDB train",
+        },
+        "training": training,
+        "licence": "Apache-2.0, as MiniLM's; SST-2 (Socher et al.) and IMDB (Maas et al.) state none",
+        "intended_use": "Opinions in English: a sentence, a comment, a review.",
+        "limits": (
+            "Learnt from film reviews. Every text gets one of two answers, also one that states a "
+            "fact, is of two minds or is not in English; irony is often missed. Of more than 512 word "
+            "pieces the first 128 and the last 384 are read."
+        ),
+    }
+    card.write_checkpoint(run.out, network, facts, {TOKENIZER: tokenizer_file})
+    counts = np.zeros((len(LABELS), len(LABELS)), np.int64)
+    np.add.at(counts, (questions.labels, probabilities.argmax(1).numpy()), 1)
+    card.draw_confusion(counts, LABELS, run.out / "confusion_matrix.png")
+    return facts
 
 
 def _groups(rates: Sequence[tuple[nn.Module, float]], recipe: Recipe) -> list[dict[str, Any]]:

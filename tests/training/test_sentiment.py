@@ -18,7 +18,7 @@ from training import sentiment
 from training.__main__ import main
 from training.card import read_assets, read_checkpoint
 from training.errors import TrainingError
-from training.fit import RESUME_POINT, Settings
+from training.fit import RESUME_POINT, Run, Settings
 
 from ..texts import tokenizer_file, vocabulary_size, write_texts
 
@@ -266,6 +266,67 @@ def test_hidden_words_are_words_and_never_the_first() -> None:
     assert not changed[tokens == PADDING].any()
     assert (hidden[changed] == 3).all()
     assert 0.05 < changed[0].float().mean() < 0.11
+
+
+def test_reading_learns_to_guess_hidden_words_and_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
+    # Each text says one word over and over, so what is hidden stands beside it.
+    words = np.random.default_rng(0).integers(10, vocabulary_size(), (240, 1))
+    texts = list(np.repeat(words, 8, axis=1))
+    recipe = dataclasses.replace(sentiment.RECIPES["transformer"], reading_rate=3e-3)
+    settings = Settings(epochs=1, batch_size=8, precision="fp32")
+
+    def read(epochs: int, out: Path, *, resume: bool = False) -> tuple[dict[str, torch.Tensor], list[float]]:
+        torch.manual_seed(0)
+        network = sentiment.Transformer(TINY)
+        run = Run("sentiment", "transformer", out, resume=resume)
+        how = dataclasses.replace(recipe, reading_epochs=epochs)
+        story = sentiment.read_on(network.bert, texts, 3, settings, how, run)
+        return network.bert.state_dict(), [row["guess/loss"] for row in story.epochs]
+
+    learnt, losses = read(8, tmp_path)
+    assert losses[-1] < losses[0] / 2
+    again, seen = read(8, tmp_path, resume=True)
+    assert seen == losses, "nothing is read twice"
+    assert all(torch.equal(learnt[name], again[name]) for name in learnt)
+
+
+def test_the_mean_of_runs_is_a_network_with_a_card_of_its_own(folder: Path, tmp_path: Path) -> None:
+    command = ["--epochs", "2", "--seeds", "3", "4", "--average"]
+    assert train(folder, tmp_path, "transformer", *command) == 0
+    (first, one), (second, other), (mean, card) = (
+        read_checkpoint(tmp_path / name) for name in ("seed3", "seed4", "average")
+    )
+    for name, value in mean.state_dict().items():
+        torch.testing.assert_close(value, (first.state_dict()[name] + second.state_dict()[name]) / 2)
+    assert "--seeds 3 4 --average" in card["training"]["command"]
+    minutes = one["training"]["minutes"] + other["training"]["minutes"]
+    assert card["training"]["minutes"] == pytest.approx(minutes, abs=0.11)
+    assert card["scores"].keys() == one["scores"].keys()
+    assert card["weights"]["sha256"] not in (one["weights"]["sha256"], other["weights"]["sha256"])
+    assert read_assets(tmp_path / "average", card) == {TOKENIZER: tokenizer_file()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "seeds", "message"),
+    [
+        pytest.param("gru", ["0", "1"], "each start from weights of their own", id="from-nothing"),
+        pytest.param("transformer", ["0"], "needs two runs or more", id="one-run"),
+        pytest.param("transformer", ["1", "1"], "needs two runs or more", id="one-run-twice"),
+    ],
+)
+def test_what_has_no_mean_is_refused_before_anything_is_trained(
+    arch: str,
+    seeds: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        train(folder, tmp_path, arch, "--average", "--seeds", *seeds)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_label_is_believed_as_far_as_it_is_trusted() -> None:
