@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
 from service.catalogue import READY, UNAVAILABLE, Catalogue, Entry
 from service.commands import Command, Commands
+from service.data_plane import PROTOCOLS
 from service.lanes import Lanes, LoopTurns
 from service.metrics import Board
 from service.models.digit import DIGIT
@@ -282,6 +284,19 @@ def test_a_corrupt_version_leaves_the_one_before_it_serving_and_says_so(
     assert served_versions(server) == {"2"}
     assert '"level": "error"' in server.log_text()
     assert "the file was altered" in server.log_text()
+
+
+def test_a_version_that_comes_later_is_counted_from_0(server: QuintetServer, models: Path) -> None:
+    add_version(models, 3)
+    with http_client(server) as client:
+        assert client.post("/v2/repository/models/digit/load", headers=ADMIN).status_code == 200
+        counts = {
+            sample.labels["protocol"]: sample.value
+            for family in text_string_to_metric_families(client.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == "quintet_requests_total" and sample.labels["version"] == "3"
+        }
+    assert counts == dict.fromkeys(PROTOCOLS, 0), "an increase from nothing to 1 is none to Prometheus"
 
 
 RELOADS = 20
