@@ -192,7 +192,7 @@ class Bench:
         folder = scratch / f"bodies-{self._rows.index(row)}"
         if row.open_after:
             capacity = self.outcome.results[row.open_after][-1].requests_per_second
-            return arrive(running, row.payload, seconds, OPEN_SHARE * capacity, folder)
+            return arrive(running.port, row.payload, seconds, OPEN_SHARE * capacity, folder)
         return replay(running, row.payload, seconds, row.connections or self._options.connections, folder)
 
     def _measure(self, running: Running, row: Scenario, scratch: Path) -> Measurement:

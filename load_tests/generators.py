@@ -24,6 +24,9 @@ PACKAGES: Final = {"wrk": "wrk", "h2load": "nghttp2-client"}
 
 SCRIPT: Final = Path(__file__).with_name("post.lua")
 
+PEOPLE: Final = 512
+"""Connections on which requests come by themselves."""
+
 ANSWER_SECONDS: Final = 10
 """An answer that takes longer counts as an error."""
 
@@ -127,19 +130,37 @@ def replay(running: Running, payload: Payload, seconds: float, connections: int,
     if payload.protocol == "client":
         options = [client_url(payload, running), str(seconds), str(connections)]
         return _program("client_load", [*options, *map(str, files)], seconds)
+    return _wrk(running.port, payload, files, seconds, connections)
+
+
+def arrive(port: int, payload: Payload, seconds: float, rate: float, scratch: Path) -> Load:
+    """Send a payload at random moments, so many a second, whatever has become of those before.
+
+    `PEOPLE` connections each pause for a random, exponentially distributed time before each
+    request. While few of them wait for an answer, their requests come together as a Poisson
+    process (Kleinrock, *Queueing Systems*, 1975: many sources), whoever is being answered.
+    A slow server is asked hardly less for it: Schroeder, Wierman and Harchol-Balter, *Open
+    Versus Closed: A Cautionary Tale*, 2006, say why that matters.
+
+    Args:
+        port: Of the server, on this machine.
+        payload: What to send.
+        seconds: For how long; whole seconds.
+        rate: Requests a second, on average.
+        scratch: A folder for the load generator's files, its own.
+    """
+    return _wrk(port, payload, _bodies(payload, scratch), seconds, PEOPLE, PEOPLE / rate * 1000)
+
+
+def _wrk(
+    port: int, payload: Payload, files: list[Path], seconds: float, connections: int, pause_ms: float = 0
+) -> Load:
     options = ["-t1", f"-c{connections}", f"-d{seconds:.0f}s", f"--timeout={ANSWER_SECONDS}s", f"-s{SCRIPT}"]
     for name, value in payload.headers.items():
         options += ["-H", f"{name}: {value}"]
-    url = f"http://{HOST}:{running.port}{payload.path}"
-    return _read(_run([require("wrk"), *options, url, "--", *map(str, files)], seconds))
-
-
-def arrive(running: Running, payload: Payload, seconds: float, rate: float, scratch: Path) -> Load:
-    """Send a payload at random moments, so many a second, whatever has become of those before."""
-    options = [f"--port={running.port}", f"--rate={rate}", f"--seconds={seconds}", f"--path={payload.path}"]
-    for name, value in payload.headers.items():
-        options.append(f"--header={name}: {value}")
-    return _program("open_loop", [*options, *map(str, _bodies(payload, scratch))], seconds)
+    url = f"http://{HOST}:{port}{payload.path}"
+    pauses = [f"pause={pause_ms:.3f}"] if pause_ms else []
+    return _read(_run([require("wrk"), *options, url, "--", *pauses, *map(str, files)], seconds))
 
 
 def _bodies(payload: Payload, scratch: Path) -> list[Path]:

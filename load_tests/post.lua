@@ -1,12 +1,21 @@
 -- Posts the files named after `--` by turns, again and again; ends with one line of JSON for load_tests/generators.py.
+-- With `pause=MILLISECONDS` before the files each connection pauses so long, on average, before each request.
 local requests, turn = {}, 0
 
 function init(arguments)
   wrk.method = "POST"
-  for number, path in ipairs(arguments) do
-    local file = assert(io.open(path, "rb"))
-    requests[number] = wrk.format(nil, nil, nil, file:read("*a"))
-    file:close()
+  for _, argument in ipairs(arguments) do
+    local mean = argument:match("^pause=(.+)$")
+    if mean then
+      -- wrk pauses where there is a function of this name.
+      function delay()
+        return math.floor(-mean * math.log(1 - math.random()) + 0.5)
+      end
+    else
+      local file = assert(io.open(argument, "rb"))
+      requests[#requests + 1] = wrk.format(nil, nil, nil, file:read("*a"))
+      file:close()
+    end
   end
 end
 

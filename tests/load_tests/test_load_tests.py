@@ -14,9 +14,9 @@ import numpy as np
 import psutil
 import pytest
 
-from load_tests import claims, open_loop, payloads
+from load_tests import claims, payloads
 from load_tests.claims import Verdict
-from load_tests.generators import ProgramMissing, require
+from load_tests.generators import ProgramMissing, arrive, require
 from load_tests.limit import Way, open_network
 from load_tests.measurement import Measurement, Results, best
 from load_tests.peers import environments
@@ -235,15 +235,16 @@ def test_every_peer_with_an_environment_says_what_it_needs() -> None:
     assert used - {""} == set(environments.names())
 
 
+@needs_wrk
 def test_requests_come_by_themselves_at_about_the_rate_that_was_asked_for(
-    quintet_server: QuintetServer,
+    quintet_server: QuintetServer, tmp_path: Path
 ) -> None:
-    request = open_loop.http_request("/digit", ["Content-Type: image/png"], payloads.pngs("digit")[0])
-    seen = open_loop.run(quintet_server.http_port, [request], rate=100, seconds=2)
-    # Poisson: 200 on average, and five standard deviations either way.
-    assert 130 <= seen["requests"] <= 270
-    assert (seen["not_ok"], seen["socket_errors"]) == (0, 0)
-    assert 0 < seen["p50_ms"] <= seen["p95_ms"] <= seen["p99_ms"]
+    payload = payloads.pictures("digit")
+    seen = arrive(quintet_server.http_port, payload, seconds=3, rate=200, scratch=tmp_path)
+    # Poisson: 600 on average, and five standard deviations either way.
+    assert 475 <= seen.requests <= 725
+    assert not seen.problems
+    assert 0 < seen.p50_ms <= seen.p95_ms <= seen.p99_ms
 
 
 @pytest.mark.parametrize("decodes", [False, True], ids=["ready", "decoded"])
