@@ -1,6 +1,5 @@
 """How fast each precision of a model is on this processor, measured side by side."""
 
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, Final
 from export.graphs import quiet_session
 from service.models.spec import Array
 from service.providers import eight_bit_instructions
+from service.settings import cores
 
 BATCHES: Final = (1, 8, 32)
 ROUNDS: Final = 2
@@ -29,11 +29,6 @@ def processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure(networks: Mapping[str, bytes], batches: Mapping[int, Sequence[Array]]) -> dict[str, Any]:
