@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -98,6 +98,20 @@ class Job:
 Slot = tuple[Job, int]
 
 
+class Ran(NamedTuple):
+    """What came of a batch.
+
+    Attributes:
+        result: A row for each sample, or what went wrong.
+        seconds: That it took.
+        charged_seconds: What it used of what all models share.
+    """
+
+    result: list[Row] | Exception
+    seconds: float
+    charged_seconds: float
+
+
 class Batcher:
     """The queue of one model version and the turns that empty it.
 
@@ -119,6 +133,7 @@ class Batcher:
         length_of: Callable[[Sample], int] | None = None,
         max_tokens: int = 1 << 62,
         seconds_per_input: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
         on_batch: Callable[[int, float, Sequence[float]], None] | None = None,
     ) -> None:
         """Batch the calls of `run`.
@@ -135,6 +150,7 @@ class Batcher:
             max_tokens: The longest length times the samples of one batch, at the most (one sample
                 alone may be longer).
             seconds_per_input: What one sample takes.
+            clock: By which batches are charged to what was shared, read before and after in their thread.
             on_batch: Told the size, the compute seconds and the jobs' queue seconds of each batch.
         """
         self._run = run
@@ -145,6 +161,7 @@ class Batcher:
         self._loop_turns = loop_turns or LoopTurns()
         self._length_of = length_of
         self._max_tokens = max_tokens
+        self._clock = clock
         self._on_batch = on_batch or (lambda size, compute, waits: None)
         self._lines: tuple[deque[Job], ...] = tuple(deque() for _ in Priority)
         self._turn_is_booked = False
@@ -260,9 +277,13 @@ class Batcher:
         batch = self._take_batch(max(1, int(min(self._max_batch, seconds * self._per_second))))
         if not batch:
             return
-        self._finish(batch, *_timed(self._run, batch))
-        if self._is_waited_for():
-            self._book_turn()
+        ran = self._timed(batch)
+        self.spent_seconds += ran.charged_seconds
+        try:
+            self._finish(batch, ran)
+        finally:
+            if self._is_waited_for():
+                self._book_turn()
 
     def take_turn(self) -> bool:
         """Run the next batch in a lane that was given to us; False where nobody waits any more."""
@@ -272,18 +293,21 @@ class Batcher:
         if not batch:
             return False
         self._running += 1
-        self._lanes.start(partial(_timed, self._run, batch), partial(self._lane_is_free, batch))
+        # Charged when it starts, as well as we know; put right when it ends.
+        expected = len(batch) / self._per_second
+        self.spent_seconds += expected
+        self._lanes.start(partial(self._timed, batch), partial(self._lane_is_free, batch, expected))
         if self._is_waited_for():
             self._is_asking = True
             self._lanes.ask(self)
         return True
 
-    def _lane_is_free(self, batch: list[Slot], done: tuple[list[Row] | Exception, float]) -> None:
+    def _lane_is_free(self, batch: list[Slot], expected: float, ran: Ran) -> None:
         assert self._lanes is not None, "only batchers with lanes ask for them"
         self._running -= 1
         # The next batch starts before this one is answered.
-        self._lanes.give_back(self, done[1])
-        self._finish(batch, *done)
+        self._lanes.give_back(self, ran.charged_seconds - expected)
+        self._finish(batch, ran)
 
     def _is_waited_for(self) -> bool:
         high, normal, low = self._lines
@@ -382,7 +406,21 @@ class Batcher:
             low, high = (low - 1, high) if takes_shorter else (low, high + 1)
         return ranked[low : high + 1]
 
-    def _finish(self, batch: list[Slot], result: list[Row] | Exception, seconds: float) -> None:
+    def _timed(self, batch: Sequence[Slot]) -> Ran:
+        """Run one batch, in any thread."""
+        charged_from, started = self._clock(), time.perf_counter()
+        result: list[Row] | Exception
+        try:
+            rows = self._run([job.samples[index] for job, index in batch])
+            if len(rows) != len(batch):
+                raise ValueError(f"{len(batch)} samples in, {len(rows)} rows out")
+            result = rows
+        except Exception as error:
+            result = error
+        return Ran(result, time.perf_counter() - started, self._clock() - charged_from)
+
+    def _finish(self, batch: list[Slot], ran: Ran) -> None:
+        result, seconds = ran.result, ran.seconds
         if isinstance(result, Exception):
             self._find_culprit(batch, result)
             return
@@ -409,13 +447,17 @@ class Batcher:
         """Run a failed batch again, sample by sample, so that only the sample at fault fails."""
         if self._lanes is None or len(batch) == 1:
             for slot in batch:
-                self._finish_alone(slot, error if len(batch) == 1 else _timed(self._run, [slot])[0])
+                if len(batch) == 1:
+                    self._finish_alone(slot, error)
+                else:
+                    self._alone_is_done(slot, self._timed([slot]))
             return
         for slot in batch:
-            self._lanes.start(partial(_timed, self._run, [slot]), partial(self._alone_is_done, slot))
+            self._lanes.start(partial(self._timed, [slot]), partial(self._alone_is_done, slot))
 
-    def _alone_is_done(self, slot: Slot, done: tuple[list[Row] | Exception, float]) -> None:
-        self._finish_alone(slot, done[0])
+    def _alone_is_done(self, slot: Slot, ran: Ran) -> None:
+        self.spent_seconds += ran.charged_seconds
+        self._finish_alone(slot, ran.result)
 
     def _finish_alone(self, slot: Slot, result: list[Row] | Exception) -> None:
         job, index = slot
@@ -429,17 +471,3 @@ class Batcher:
 
 def _too_late() -> DeadlineExceeded:
     return DeadlineExceeded("The deadline passed before the answer; allow more time, or send less at once.")
-
-
-def _timed(run: RunNetwork, batch: Sequence[Slot]) -> tuple[list[Row] | Exception, float]:
-    """Run one batch: its rows or what went wrong, and the seconds it took."""
-    started = time.perf_counter()
-    result: list[Row] | Exception
-    try:
-        rows = run([job.samples[index] for job, index in batch])
-        if len(rows) != len(batch):
-            raise ValueError(f"{len(batch)} samples in, {len(rows)} rows out")
-        result = rows
-    except Exception as error:
-        result = error
-    return result, time.perf_counter() - started

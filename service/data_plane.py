@@ -33,7 +33,7 @@ from service.loaded_model import LoadedModel, Statistics, statistics
 from service.metrics import Board, Counter, Histogram
 from service.models import MODELS
 from service.models.spec import Answer, Inputs, Room, Sample
-from service.settings import Settings
+from service.settings import Settings, cores
 
 LONG_WORK: Final = 128 * 1024
 """Reading more bytes than this would keep the event loop from other callers."""
@@ -76,7 +76,9 @@ class DataPlane:
         self.state = State.STARTING
         self._board = board
         self._lanes = Lanes(settings.lanes)
-        loop_turns = LoopTurns(settings.inline_ms / 1000)
+        # Where each loop and each lane has a core of its own, none takes anything from another.
+        is_crowded = settings.workers * (1 + settings.lanes) > cores()
+        loop_turns = LoopTurns(settings.inline_ms / 1000, self._lanes if is_crowded else None)
         self.catalogue = Catalogue(settings, board, self._lanes, loop_turns)
         self._meters: dict[tuple[str, str, str, str], tuple[Counter, Histogram]] = {}
         self._preparers = ThreadPoolExecutor(2, "prepare", step_back)
@@ -264,19 +266,22 @@ class DataPlane:
         try:
             if count <= QUICK_INPUTS and all(map(room.is_quick, inputs)):
                 samples = _prepare(room, inputs)
+                seconds = time.perf_counter() - started
             else:
                 loop = asyncio.get_running_loop()
                 samples, seconds = await loop.run_in_executor(self._preparers, _timed_prepare, room, inputs)
-                # Lanes are shared by time, and what a model takes elsewhere counts.
-                batcher.spent_seconds += seconds
         except BaseException:
             batcher.release(count)
             raise
         loaded.meters.preprocess_seconds.observe(time.perf_counter() - started)
+        # Turns are shared by time, and what a model takes elsewhere counts.
+        batcher.spent_seconds += seconds
         job = await batcher.run(samples, deadline, priority)
         started = time.perf_counter()
         answers = list(map(room.to_answer, job.rows, samples))
-        loaded.meters.postprocess_seconds.observe(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        loaded.meters.postprocess_seconds.observe(seconds)
+        batcher.spent_seconds += seconds
         return answers, job
 
     async def picture(self, room: Room, inputs: Sequence[Inputs], answers: Sequence[Answer]) -> bytes:

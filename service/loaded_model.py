@@ -72,6 +72,7 @@ class LoadedModel:
             length_of=None if length_axis is None else lambda sample: _length(sample, length_axis),
             max_tokens=min(policy.max_tokens, fits * _length(sample, length_axis or 0)),
             seconds_per_input=seconds,
+            clock=self.network.clock,
             on_batch=self.meters.batch_ran,
         )
         self.workers = board.gauge(

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -92,6 +92,10 @@ class Network:
         self.room = room
         self.provider: str = session.get_providers()[0]
         self.seconds_per_input = 0.0
+        # Of a CPU's time, what others ran meanwhile is not this network's. Other threads' time, and
+        # a GPU's, is only seen as time that passed.
+        is_all_in_the_caller = not profile.is_gpu and options.intra_op_num_threads == 1
+        self.clock: Callable[[], float] = time.thread_time if is_all_in_the_caller else time.perf_counter
         _check(room, "input", room.network_inputs, session.get_inputs())
         _check(room, "output", room.network_outputs, session.get_outputs())
         self._session = session

@@ -27,7 +27,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler, Tr
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.batcher import Batcher, Job, Row, Slot
+from service.batcher import Batcher, Job, Ran, Slot
 from service.data_plane import DataPlane
 from service.errors import QuintetError
 from service.grpc_api import GrpcDoor
@@ -198,16 +198,16 @@ class TracedBatcher(Batcher):
 
     job_type = TracedJob
 
-    def _finish(self, batch: list[Slot], result: list[Row] | Exception, seconds: float) -> None:
-        if not isinstance(result, Exception):
+    def _finish(self, batch: list[Slot], ran: Ran) -> None:
+        if not isinstance(ran.result, Exception):
             jobs = {id(job): job for job, _ in batch if isinstance(job, TracedJob)}.values()
             traced = {id(job.trace): job.trace for job in jobs if job.trace and job.trace.is_recorded}
             if traced:
                 traces, ended = list(traced.values()), time.perf_counter()
-                context = traces[0].tracer.batch(traces, len(batch), ended - seconds, ended)
+                context = traces[0].tracer.batch(traces, len(batch), ended - ran.seconds, ended)
                 for job in jobs:
-                    job.turns.append(Turn(context, ended - seconds, ended))
-        super()._finish(batch, result, seconds)
+                    job.turns.append(Turn(context, ended - ran.seconds, ended))
+        super()._finish(batch, ran)
 
 
 class TracedRestDoor(RestDoor):

@@ -14,7 +14,7 @@ import pytest
 
 from service.batcher import LARGEST_WASTE, PATIENCE_SECONDS, Batcher, Priority, Row
 from service.errors import DeadlineExceeded, InternalError, Overloaded
-from service.lanes import NICENESS, Lanes, LoopTurns
+from service.lanes import LEAD_SECONDS, MOST_BEHIND_SECONDS, NICENESS, Lanes, Ledger, LoopTurns
 from service.models.spec import Sample
 
 POISON = -1
@@ -396,25 +396,100 @@ async def test_batchers_that_share_lanes_get_the_same_share_of_them(lanes: Lanes
 
 
 async def test_batchers_that_share_the_loop_take_no_longer_together_than_one_alone_may() -> None:
-    one, other = Doubler(), Doubler()
-    turns = LoopTurns(seconds=0.008)
-    batchers = [
-        Batcher(run, queue_size=1000, max_batch=8, loop_turns=turns, seconds_per_input=0.001)
-        for run in (one, other)
+    """Who has used least goes first; for whom there is too little left the next turn comes."""
+    turns, ran = LoopTurns(seconds=0.04), list[tuple[str, int]]()
+
+    def run_as(name: str, seconds: float) -> Callable[[Sequence[Sample]], list[Row]]:
+        def run(batch: Sequence[Sample]) -> list[Row]:
+            time.sleep(seconds * len(batch))
+            ran.append((name, len(batch)))
+            return [(np.array(0),) for _ in batch]
+
+        return run
+
+    quick, slow, slower = (
+        Batcher(
+            run_as(name, seconds), queue_size=100, max_batch=8, loop_turns=turns, seconds_per_input=seconds
+        )
+        for name, seconds in (("quick", 0.001), ("slow", 0.005), ("slower", 0.009))
+    )
+    await asyncio.gather(ask(slower, *range(8)), ask(slow, *range(8)), ask(quick, *range(16)))
+    assert ran == [
+        # As they came, for nobody has used anything: 36 of 40 ms, then all of them.
+        ("slower", 4),
+        ("slow", 8),
+        # From then on 8 ms for the one that has used least, and what is left for the next.
+        ("quick", 8),
+        ("slower", 3),
+        ("quick", 8),
+        ("slower", 1),
     ]
-    await asyncio.gather(*(ask(batcher, *range(8)) for batcher in batchers))
-    assert [len(batch) for batch in one.batches] == [4, 4] == [len(batch) for batch in other.batches]
-    await ask(batchers[0], *range(8))
-    assert len(one.batches[-1]) == 8
 
 
-async def test_an_input_that_takes_longer_than_a_share_of_the_loop_runs_alone() -> None:
-    one, other = Doubler(), Doubler()
-    turns = LoopTurns(seconds=0.008)
-    slow = Batcher(one, queue_size=10, max_batch=8, loop_turns=turns, seconds_per_input=0.005)
-    quick = Batcher(other, queue_size=10, max_batch=8, loop_turns=turns, seconds_per_input=0.001)
-    assert await asyncio.gather(ask(slow, 1, 2), ask(quick, 3)) == [[2, 4], [6]]
-    assert one.batches == [[1], [2]]
+async def test_who_is_far_ahead_on_the_loop_waits_for_those_in_lanes(lanes: Lanes) -> None:
+    gate, turns = Gate(), LoopTurns(0.008, lanes)
+    runs = 0
+
+    def run(batch: Sequence[Sample]) -> list[Row]:
+        nonlocal runs
+        runs += 1
+        time.sleep(0.6 * LEAD_SECONDS)
+        return [(np.array(0),) for _ in batch]
+
+    on_loop = Batcher(run, queue_size=100, max_batch=1, loop_turns=turns)
+    in_lane = Batcher(gate, queue_size=100, max_batch=1, lanes=lanes)
+    slow = asyncio.create_task(ask(in_lane, 1))
+    await gate.is_entered()
+    quick = asyncio.create_task(ask(on_loop, *range(10)))
+    await asyncio.sleep(0.3)
+    assert runs == 2, "one to be as far ahead as it may, one to be further"
+    gate.open()
+    await asyncio.gather(slow, quick)
+    assert runs == 10, "with nobody in lanes it goes on by itself"
+
+
+async def test_who_was_alone_for_long_is_not_kept_waiting_by_those_who_come_late() -> None:
+    """Of two who were there before one has used much more: a newcomer starts not far behind that one."""
+    ledger = Ledger()
+    much, little, newcomer, last = (Batcher(Doubler(), queue_size=1, max_batch=1) for _ in range(4))
+    for batcher, spent in ((much, 60.0), (little, 1.0)):
+        ledger.enter(batcher)
+        batcher.spent_seconds = spent
+    ledger.enter(newcomer)
+    assert newcomer.spent_seconds == 60 - MOST_BEHIND_SECONDS
+    for batcher in (much, newcomer, little):
+        ledger.leave(batcher)
+    ledger.enter(last)
+    assert last.spent_seconds == 60
+
+
+async def test_one_turn_that_fails_costs_the_others_nothing() -> None:
+    def full_disk(size: int, compute: float, waits: Sequence[float]) -> None:
+        raise OSError("no space left on device")
+
+    turns = LoopTurns(0.008)
+    unlucky = Batcher(Doubler(), queue_size=10, max_batch=2, loop_turns=turns, on_batch=full_disk)
+    other = Batcher(Doubler(), queue_size=10, max_batch=8, loop_turns=turns)
+    for _ in range(2):
+        asked = asyncio.gather(ask(unlucky, 1, 2, 3), ask(other, 4))
+        assert await asyncio.wait_for(asked, 5) == [[2, 4, 6], [8]]
+
+
+async def test_who_comes_to_the_lanes_late_holds_nobody_up_on_the_loop(lanes: Lanes) -> None:
+    turns = LoopTurns(0.008, lanes)
+    gate, doubler = Gate(), Doubler()
+
+    def run(batch: Sequence[Sample]) -> list[Row]:
+        time.sleep(0.01)
+        return doubler(batch)
+
+    on_loop = Batcher(run, queue_size=100, max_batch=1, loop_turns=turns)
+    await ask(on_loop, *range(10))
+    slow = asyncio.create_task(ask(Batcher(gate, queue_size=10, max_batch=1, lanes=lanes), 1))
+    await gate.is_entered()
+    await asyncio.wait_for(ask(on_loop, 1), 5)
+    gate.open()
+    await slow
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives each thread a niceness of its own")
