@@ -365,12 +365,17 @@ def latency(workers: int) -> Section:
 
 
 def open_loop(workers: int) -> Section:
-    """Callers who come when they like."""
+    """Callers who come when they like, to all workers and to one fewer, which leaves the callers a core."""
     png = payloads.pictures("digit")
-    closed = Scenario(quintet(workers), png)
-    arriving = Scenario(quintet(workers), png, open_after=closed.name)
-    claim = claims.tail(f"Poisson arrivals at {OPEN_SHARE:.0%} of capacity, p99 by p50", arriving.name, 3)
-    return Section("open-loop", "Requests that come by themselves", (closed, arriving), (claim,))
+    rows, found = [], []
+    for count, beside in ((workers, ""), (workers - 1, ", a core left to the callers")):
+        if count:
+            closed = Scenario(quintet(count), png)
+            arriving = Scenario(quintet(count), png, open_after=closed.name)
+            words = f"Poisson arrivals at {OPEN_SHARE:.0%} of capacity, p99 by p50{beside}"
+            rows += [closed, arriving]
+            found.append(claims.tail(words, arriving.name, 3))
+    return Section("open-loop", "Requests that come by themselves", tuple(rows), tuple(found))
 
 
 def mixed(workers: int, models: Sequence[str]) -> Section:

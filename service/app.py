@@ -239,8 +239,8 @@ def _listen_alone() -> None:
 def _spare_the_collector() -> None:
     """Have garbage looked for less often, and not among what stays for good.
 
-    A request leaves no cycles behind, so Python's search after every 700 objects finds nothing
-    and takes 3 % of the time.
+    A request that is answered leaves no cycles behind, so Python's search after every 700 objects
+    finds nothing and takes 3 % of the time.
     """
     gc.collect()
     gc.freeze()

@@ -206,10 +206,13 @@ class ShortWay(HttpToolsProtocol):
             super().on_message_complete()
             return
         self._exchange = None
-        exchange.task = self.loop.create_task(self._answer(exchange))
+        request = exchange.request
+        # They know each other, and would wait for Python's search for such cycles when they are done.
+        del exchange.request
+        exchange.task = self.loop.create_task(self._answer(exchange, request))
 
-    async def _answer(self, exchange: Exchange) -> None:
-        response = await self._door.answer(exchange.request)
+    async def _answer(self, exchange: Exchange, request: Request) -> None:
+        response = await self._door.answer(request)
         if self.flow.write_paused and not exchange.disconnected:
             await self.flow.drain()
         if exchange.disconnected or response is None or self.transport.is_closing():

@@ -4,6 +4,7 @@ A real server on a real socket, with a door that says what it was asked.
 """
 
 import asyncio
+import gc
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -14,7 +15,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from service.http import Receive, Request, Response, Scope, Send
-from service.http1 import ShortWay
+from service.http1 import Exchange, ShortWay
 
 PATIENCE_SECONDS = 30
 
@@ -112,6 +113,22 @@ async def exchange(port: int, sent: bytes, answers: int = 1) -> list[tuple[bytes
     async with connected(port) as (reader, writer):
         writer.write(sent)
         return [await read_answer(reader) for _ in range(answers)]
+
+
+async def test_an_answered_request_leaves_nothing_for_the_garbage_collector() -> None:
+    """Under load its search takes 10 ms, in which everybody waits."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with serving(Door()) as port:
+            async with connected(port) as (reader, writer):
+                for _ in range(50):
+                    writer.write(request("/short", b"seven"))
+                    await read_answer(reader)
+            left = sum(isinstance(one, Exchange) for one in gc.get_objects())
+    finally:
+        gc.enable()
+    assert left <= 1, "the last one, which its connection still holds"
 
 
 def test_a_short_request_has_its_answer_in_one_piece() -> None:
