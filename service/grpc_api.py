@@ -238,7 +238,8 @@ class GrpcDoor:
                 )
                 response.raw_output_contents.append(open_inference.to_raw(output))
         except QuintetError as error:
-            failure = error
+            # A traceback holds this frame, and the frame the failure: a cycle for the garbage collector.
+            failure = error.with_traceback(None)
         except asyncio.CancelledError:
             loaded = None  # The caller is gone: there is no outcome to count.
             raise

@@ -139,7 +139,8 @@ class RestDoor:
                 self._plane.check_key(request.headers.get(b"authorization", b""))
             response = await (self._machines if is_machine else self._people)(request, started)
         except QuintetError as error:
-            failure = error
+            # A traceback holds this frame, and the frame the failure: a cycle for the garbage collector.
+            failure = error.with_traceback(None)
             response = problem_response(error, as_open_inference=is_machine)
         except CallerGone:
             return None
