@@ -24,7 +24,7 @@ PACKAGES: Final = {"wrk": "wrk", "h2load": "nghttp2-client"}
 
 SCRIPT: Final = Path(__file__).with_name("post.lua")
 
-PEOPLE: Final = 512
+PEOPLE: Final = 1000
 """Connections on which requests come by themselves."""
 
 ANSWER_SECONDS: Final = 10
@@ -134,13 +134,14 @@ def replay(running: Running, payload: Payload, seconds: float, connections: int,
 
 
 def arrive(port: int, payload: Payload, seconds: float, rate: float, scratch: Path) -> Load:
-    """Send a payload at random moments, so many a second, whatever has become of those before.
+    """Send a payload at random moments, about so many a second, while others are still being answered.
 
     `PEOPLE` connections each pause for a random, exponentially distributed time before each
     request. While few of them wait for an answer, their requests come together as a Poisson
     process (Kleinrock, *Queueing Systems*, 1975: many sources), whoever is being answered.
-    A slow server is asked hardly less for it: Schroeder, Wierman and Harchol-Balter, *Open
-    Versus Closed: A Cautionary Tale*, 2006, say why that matters.
+    A server is asked the less, the longer its answers take beside the pauses: a few hundredths,
+    where answers take some milliseconds. Schroeder, Wierman and Harchol-Balter, *Open Versus
+    Closed: A Cautionary Tale*, 2006, say why that matters.
 
     Args:
         port: Of the server, on this machine.

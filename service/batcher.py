@@ -293,7 +293,7 @@ class Batcher:
         if not batch:
             return False
         self._running += 1
-        # Charged when it starts, as well as we know; put right when it ends.
+        # Charged when it starts, roughly (texts have many lengths); put right when it ends.
         expected = len(batch) / self._per_second
         self.spent_seconds += expected
         self._lanes.start(partial(self._timed, batch), partial(self._lane_is_free, batch, expected))
@@ -445,12 +445,12 @@ class Batcher:
 
     def _find_culprit(self, batch: list[Slot], error: Exception) -> None:
         """Run a failed batch again, sample by sample, so that only the sample at fault fails."""
-        if self._lanes is None or len(batch) == 1:
+        if len(batch) == 1:
+            self._finish_alone(batch[0], error)
+            return
+        if self._lanes is None:
             for slot in batch:
-                if len(batch) == 1:
-                    self._finish_alone(slot, error)
-                else:
-                    self._alone_is_done(slot, self._timed([slot]))
+                self._alone_is_done(slot, self._timed([slot]))
             return
         for slot in batch:
             self._lanes.start(partial(self._timed, [slot]), partial(self._alone_is_done, slot))

@@ -76,7 +76,8 @@ class DataPlane:
         self.state = State.STARTING
         self._board = board
         self._lanes = Lanes(settings.lanes)
-        # Where each loop and each lane has a core of its own, none takes anything from another.
+        # Where each loop and each lane has a core of its own, none takes anything from another (runs of
+        # several threads aside).
         is_crowded = settings.workers * (1 + settings.lanes) > cores()
         loop_turns = LoopTurns(settings.inline_ms / 1000, self._lanes if is_crowded else None)
         self.catalogue = Catalogue(settings, board, self._lanes, loop_turns)
@@ -158,10 +159,10 @@ class DataPlane:
                 change = self.catalogue.load if action == "load" else self.catalogue.unload
                 try:
                     await asyncio.to_thread(change, model)
+                    self.expect()
                 except Exception:
                     # Half done here is better than all workers waiting for this one.
                     log.exception("a command failed", action=action, model=model)
-            self.expect()
             await asyncio.to_thread(self._commands.done)
 
     async def keep_watch(self) -> None:

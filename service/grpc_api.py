@@ -183,7 +183,11 @@ class GrpcDoor:
     async def _infer(self, call: Call, message: bytes) -> bytes:
         _, response, failure = await self._answered(call, message)
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                # The traceback to come holds this frame: without this, a cycle.
+                del failure
         return bytes(response.SerializeToString())
 
     async def _stream_infer(self, call: Call, message: bytes) -> bytes:

@@ -20,7 +20,7 @@ NICENESS: Final = 10
 """Of threads beside the event loop's. Where they want one core, the loop gets nine tenths of it."""
 
 LEAD_SECONDS: Final = 0.012
-"""So much more a model on the loop may have used than one in a lane, whose batch is charged when it ends."""
+"""So much more a model on the loop may have used than one in a lane, whose time shows when its batch ends."""
 
 MOST_BEHIND_SECONDS: Final = 0.25
 """Who comes late is not further behind than that: the others wait no longer until it has caught up."""
@@ -71,8 +71,10 @@ class Ledger:
     def enter(self, customer: Customer) -> None:
         """Note that the customer wants something, once for each thing."""
         spent = [one.spent_seconds for one in self._active]
-        # Who was there alone may have used more than the newcomers' turns will make up for soon.
-        least = max(min(spent), max(spent) - MOST_BEHIND_SECONDS) if spent else self._most_seen
+        least = min(spent, default=self._most_seen)
+        if spent and customer not in self._active:
+            # Some may have used more than a newcomer's turns would make up for soon.
+            least = max(least, max(spent) - MOST_BEHIND_SECONDS)
         customer.spent_seconds = max(customer.spent_seconds, least)
         self._active.append(customer)
 

@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="DIR",
-        help="default: runs/<model>-<arch>-seed<seed>; with --seeds, DIR/seed<seed>; of --average, …average",
+        help="default: runs/<model>-<arch>-seed<seed>; with --seeds, DIR/seed<seed> and DIR/average",
     )
     options.add_argument("--resume", action="store_true", help="go on where a broken-off run stopped")
     return options
@@ -86,9 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arch not in story.ARCHITECTURES:
         known = ", ".join(story.ARCHITECTURES)
         options.error(f"there is no architecture {arch!r} for {chosen.model}; choose from {known}")
-    if chosen.average and len(set(chosen.seeds or ())) < 2:
+    if chosen.seeds and len(set(chosen.seeds)) < len(chosen.seeds):
+        options.error("--seeds names one seed twice; each is a run of its own")
+    if chosen.average and len(chosen.seeds or ()) < 2:
         options.error("--average needs two runs or more; name their seeds, as in --seeds 0 1")
-    if chosen.average and arch not in getattr(story, "AVERAGED", ()):
+    if chosen.average and arch not in getattr(story, "WITH_A_MEAN", ()):
         options.error(
             f"runs of {chosen.model}'s {arch} each start from weights of their own, so their mean is no "
             "network; --average is for sentiment's transformer"

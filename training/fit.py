@@ -281,6 +281,9 @@ def fit(
     first = process_rank() == 0
     console = Console(quiet=not first, soft_wrap=True)
     story = _restore(players, out / RESUME_POINT, dict(identity), device, console) if resume else Story()
+    if first and not resume:
+        # Whoever resumes this run, should it be broken off in its first epoch, must not get an earlier one.
+        (out / RESUME_POINT).unlink(missing_ok=True)
     steps = len(batches[0]) if batches else steps_per_epoch(examples, settings.batch_size)
     movers = [_shared(player.network, device) for player in players]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(settings.precision, device))

@@ -359,10 +359,16 @@ def plan(
             recipe.batch_tokens,
             random,
         )
-        plan += [batches[number] for number in random.permutation(len(batches))]
+        plan += _shuffled(batches, random)
     # As many in every epoch: a batch more or less of hundreds is no loss.
     steps = len(plan) // settings.epochs
     return [plan[epoch * steps : (epoch + 1) * steps] for epoch in range(settings.epochs)]
+
+
+def _shuffled(batches: Sequence[Tensor], random: np.random.Generator) -> list[Tensor]:
+    """The batches in a random order, without those that leave a process of several nothing to do."""
+    order = random.permutation(len(batches))
+    return [batches[number] for number in order if len(batches[number]) >= fit.process_count()]
 
 
 def _portions(
@@ -527,11 +533,11 @@ class MaskedLanguageModel(nn.Module):
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
 
     def forward(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Texts int64 [n, length] and which words to guess, bool alike, to logits [guesses, vocabulary]."""
+        """Texts int64 and which words to guess, bool, both [n, length], to logits [guesses, vocabulary]."""
         guess = self.transform(in_context(self.bert, tokens)[hidden])
         return nn.functional.linear(guess, self.bert.embeddings.word_embeddings.weight)
 
-    def rates(self, decay: float) -> list[tuple[nn.Module, float]]:
+    def rates(self) -> list[tuple[nn.Module, float]]:
         """The pretrained layers learn at one rate, the new ones faster."""
         return [(self.transform, CLASSIFY_RATE), (self.bert, 1.0)]
 
@@ -595,8 +601,8 @@ def _onnx_gates(parameter: Tensor) -> Tensor:
 ARCHITECTURES: dict[str, Callable[[], Transformer | Gru]] = {"transformer": Transformer, "gru": Gru}
 """Each takes tokens int64 [n, length] and gives logits [n, 2]."""
 
-AVERAGED: Final = ("transformer",)
-"""Architectures whose runs all start from the same weights, so that their mean is a network, too."""
+WITH_A_MEAN: Final = ("transformer",)
+"""Architectures whose runs start from the same pretrained weights, so that their mean is a network, too."""
 
 
 # ---------------------------------------------------------------- loss
@@ -605,7 +611,7 @@ AVERAGED: Final = ("transformer",)
 def some_words(tokens: Tensor, share: float) -> Tensor:
     """A share of the texts' words, others each time: bool, like `tokens` [n, length]."""
     chosen = (torch.rand(tokens.shape, device=tokens.device) < share) & is_word(tokens)
-    # What begins a text is no word of it.
+    # What begins a text is no word of it; what ends it stands elsewhere in each, and may be hidden like one.
     chosen[:, 0] = False
     return chosen
 
@@ -866,8 +872,11 @@ def read_on(
         What happened.
 
     Raises:
-        TrainingError: the resume point is not in order.
+        TrainingError: the resume point is not in order, or the loss stopped being a number.
     """
+    if not run.resume and fit.process_rank() == 0:
+        # As `fit` does, but before the reading.
+        (run.out / fit.RESUME_POINT).unlink(missing_ok=True)
     device = bert.device
     settings = replace(settings, epochs=recipe.reading_epochs)
     lengths, random = np.array([len(text) for text in texts]), np.random.default_rng(run.seed)
@@ -876,12 +885,11 @@ def read_on(
         by_length = _by_length(
             np.arange(len(texts)), lengths, settings.batch_size, recipe.batch_tokens, random
         )
-        batches.append([by_length[number] for number in random.permutation(len(by_length))])
-    steps = min(map(len, batches))
-    batches = [epoch[:steps] for epoch in batches]
+        batches.append(_shuffled(by_length, random))
+    steps = len(batches[0])
     network = MaskedLanguageModel(bert).to(device)
     optimizer = torch.optim.AdamW(
-        _groups(network.rates(1.0), replace(recipe, learning_rate=recipe.reading_rate)),
+        _groups(network.rates(), replace(recipe, learning_rate=recipe.reading_rate)),
         lr=recipe.reading_rate,
         fused=True,
     )
@@ -996,8 +1004,9 @@ def train(run: fit.Run) -> dict[str, Any]:
 def average(run: fit.Run, folders: Sequence[Path]) -> dict[str, Any]:
     """Keep the mean of finished runs' weights, score it, and leave both in `run.out`.
 
-    Runs that start from the same pretrained weights end in one valley, and its middle tells
-    more texts right than its slopes do (Wortsman et al., *Model soups*, 2022).
+    Runs that start from the same pretrained weights, if not from the same new layers, end in
+    one valley, and its middle tells more texts right than its slopes do (Wortsman et al.,
+    *Model soups*, 2022).
 
     Args:
         run: As the runs were, but for `out`; `averaged` has their seeds.

@@ -397,7 +397,7 @@ async def test_batchers_that_share_lanes_get_the_same_share_of_them(lanes: Lanes
 
 async def test_batchers_that_share_the_loop_take_no_longer_together_than_one_alone_may() -> None:
     """Who has used least goes first; for whom there is too little left the next turn comes."""
-    turns, ran = LoopTurns(seconds=0.04), list[tuple[str, int]]()
+    turns, ran = LoopTurns(seconds=0.1), list[tuple[str, int]]()
 
     def run_as(name: str, seconds: float) -> Callable[[Sequence[Sample]], list[Row]]:
         def run(batch: Sequence[Sample]) -> list[Row]:
@@ -411,11 +411,11 @@ async def test_batchers_that_share_the_loop_take_no_longer_together_than_one_alo
         Batcher(
             run_as(name, seconds), queue_size=100, max_batch=8, loop_turns=turns, seconds_per_input=seconds
         )
-        for name, seconds in (("quick", 0.001), ("slow", 0.005), ("slower", 0.009))
+        for name, seconds in (("quick", 0.001), ("slow", 0.012), ("slower", 0.024))
     )
     await asyncio.gather(ask(slower, *range(8)), ask(slow, *range(8)), ask(quick, *range(16)))
     assert ran == [
-        # As they came, for nobody has used anything: 36 of 40 ms, then all of them.
+        # As they came, for nobody has used anything: 96 of 100 ms, then all of them.
         ("slower", 4),
         ("slow", 8),
         # From then on 8 ms for the one that has used least, and what is left for the next.
@@ -433,10 +433,12 @@ async def test_who_is_far_ahead_on_the_loop_waits_for_those_in_lanes(lanes: Lane
     def run(batch: Sequence[Sample]) -> list[Row]:
         nonlocal runs
         runs += 1
-        time.sleep(0.6 * LEAD_SECONDS)
         return [(np.array(0),) for _ in batch]
 
-    on_loop = Batcher(run, queue_size=100, max_batch=1, loop_turns=turns)
+    # By this clock a run takes 60 % of what it may be ahead.
+    on_loop = Batcher(
+        run, queue_size=100, max_batch=1, loop_turns=turns, clock=lambda: 0.6 * LEAD_SECONDS * runs
+    )
     in_lane = Batcher(gate, queue_size=100, max_batch=1, lanes=lanes)
     slow = asyncio.create_task(ask(in_lane, 1))
     await gate.is_entered()

@@ -139,6 +139,29 @@ def _steps(folder: Path, arch: str) -> int:
     return len(plan[0])
 
 
+def test_a_run_that_is_broken_off_while_it_reads_goes_on_and_takes_no_earlier_run_for_its_own(
+    folder: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_of("transformer", folder, runs)
+    shutil.copytree(whole, tmp_path / "run")
+    usual, steps = sentiment.guessing_loss, 0
+
+    def breaks(network: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise KeyboardInterrupt
+        return usual(network, batch)
+
+    monkeypatch.setattr(sentiment, "guessing_loss", breaks)
+    assert train(folder, tmp_path / "run", "transformer", "--epochs", "5") == 130
+    assert not (tmp_path / "run" / RESUME_POINT).exists()
+    monkeypatch.setattr(sentiment, "guessing_loss", usual)
+    assert train(folder, tmp_path / "run", "transformer", "--epochs", "5", "--resume") == 0
+    first, second = (read_checkpoint(out)[0].state_dict() for out in (whole, tmp_path / "run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @every_architecture
 def test_the_exported_graph_answers_like_torch_at_every_length_and_batch(
     arch: str, folder: Path, runs: dict[str, Path]
@@ -311,7 +334,7 @@ def test_the_mean_of_runs_is_a_network_with_a_card_of_its_own(folder: Path, tmp_
     [
         pytest.param("gru", ["0", "1"], "each start from weights of their own", id="from-nothing"),
         pytest.param("transformer", ["0"], "needs two runs or more", id="one-run"),
-        pytest.param("transformer", ["1", "1"], "needs two runs or more", id="one-run-twice"),
+        pytest.param("transformer", ["1", "1"], "names one seed twice", id="one-run-twice"),
     ],
 )
 def test_what_has_no_mean_is_refused_before_anything_is_trained(
