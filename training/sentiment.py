@@ -10,7 +10,7 @@ Rerun: python -m training sentiment
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 from transformers import AttentionInterface, BertConfig, BertModel
 
 from service.models.sentiment import (
@@ -460,16 +460,6 @@ def mean_over_words(values: Tensor, tokens: Tensor) -> Tensor:
     return (values * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-def in_context(bert: BertModel, tokens: Tensor) -> Tensor:
-    """What each word of a text means there: int64 [n, length] to [n, length, width]."""
-    bias = (~is_word(tokens))[:, None, None, :].float() * -1e4
-    if torch.is_autocast_enabled(tokens.device.type):
-        # Added in fp32, it would carry scores and softmax into fp32 with it: thrice the time.
-        bias = bias.to(torch.get_autocast_dtype(tokens.device.type))
-    read: Tensor = bert(input_ids=tokens, attention_mask=bias).last_hidden_state
-    return read
-
-
 class Transformer(nn.Module):
     """BERT (Devlin et al., 2018) without its pooler; the mean over the text goes through one hidden layer."""
 
@@ -487,7 +477,12 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [n, length] to logits [n, 2]."""
-        logits: Tensor = self.classify(mean_over_words(in_context(self.bert, tokens), tokens))
+        bias = (~is_word(tokens))[:, None, None, :].float() * -1e4
+        if torch.is_autocast_enabled(tokens.device.type):
+            # Added in fp32, it would carry scores and softmax into fp32 with it: thrice the time.
+            bias = bias.to(torch.get_autocast_dtype(tokens.device.type))
+        read = self.bert(input_ids=tokens, attention_mask=bias).last_hidden_state
+        logits: Tensor = self.classify(mean_over_words(read, tokens))
         return logits
 
     def start_from(self, weights: bytes) -> None:
@@ -517,29 +512,6 @@ class Transformer(nn.Module):
         layers = [self.bert.embeddings, *self.bert.encoder.layer]
         below = [(layer, decay**depth) for depth, layer in enumerate(reversed(layers))]
         return [(self.classify, CLASSIFY_RATE), *below]
-
-
-class MaskedLanguageModel(nn.Module):
-    """Guesses the words that are hidden in a text, and so learns from texts without labels.
-
-    Devlin et al., 2018; with texts of one's own field before the task itself: Gururangan et
-    al., *Don't Stop Pretraining*, 2020. The guess is compared with the words' own embeddings.
-    """
-
-    def __init__(self, bert: BertModel) -> None:
-        super().__init__()
-        width = bert.config.hidden_size
-        self.bert = bert
-        self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-
-    def forward(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Texts int64 and which words to guess, bool, both [n, length], to logits [guesses, vocabulary]."""
-        guess = self.transform(in_context(self.bert, tokens)[hidden])
-        return nn.functional.linear(guess, self.bert.embeddings.word_embeddings.weight)
-
-    def rates(self) -> list[tuple[nn.Module, float]]:
-        """The pretrained layers learn at one rate, the new ones faster."""
-        return [(self.transform, CLASSIFY_RATE), (self.bert, 1.0)]
 
 
 class Gru(nn.Module):
@@ -608,14 +580,6 @@ WITH_A_MEAN: Final = ("transformer",)
 # ---------------------------------------------------------------- loss
 
 
-def some_words(tokens: Tensor, share: float) -> Tensor:
-    """A share of the texts' words, others each time: bool, like `tokens` [n, length]."""
-    chosen = (torch.rand(tokens.shape, device=tokens.device) < share) & is_word(tokens)
-    # What begins a text is no word of it; what ends it stands elsewhere in each, and may be hidden like one.
-    chosen[:, 0] = False
-    return chosen
-
-
 def hide_words(tokens: Tensor, hidden_by: int) -> Tensor:
     """Texts with some of their words hidden, others each time: int64 [n, length].
 
@@ -626,20 +590,10 @@ def hide_words(tokens: Tensor, hidden_by: int) -> Tensor:
         tokens: Texts side by side.
         hidden_by: The token that stands for a hidden word.
     """
-    return tokens.masked_fill(some_words(tokens, HIDDEN_SHARE), hidden_by)
-
-
-def guessing_loss(network: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Cross entropy of the guesses at hidden words.
-
-    Args:
-        network: A `MaskedLanguageModel`.
-        batch: Texts with some words hidden, int64 [n, length]; which, bool [n, length]; what
-            they were, int64 [guesses].
-    """
-    shown, hidden, words = batch
-    # A batch may have no hidden word; its mean would be no number.
-    return cross_entropy(network(shown, hidden).float(), words, reduction="sum") / max(1, len(words))
+    hidden = (torch.rand(tokens.shape, device=tokens.device) < HIDDEN_SHARE) & is_word(tokens)
+    # What begins a text is no word of it; what ends it stands elsewhere in each, and may be hidden like one.
+    hidden[:, 0] = False
+    return tokens.masked_fill(hidden, hidden_by)
 
 
 def loss(network: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -781,8 +735,6 @@ PHRASE_WORDS: Final = 4
 
 HIDDEN_SHARE: Final = 0.08
 """Of a text's words, each time that it is read."""
-GUESSED_SHARE: Final = 0.15
-"""Of a text's words, where guessing them is all there is to do."""
 SNIPPET_WORDS: Final = (12, 50)
 """A snippet ends with the sentence that makes it so long, or is left out where that is too long."""
 SNIPPET_TRUST: Final = 0.6
@@ -810,9 +762,6 @@ class Recipe:
         short_tokens: Reviews are cut to this length at first.
         long_from: From this part of the run on they are as long as the room lets them be.
         precision: Where the command line leaves it open.
-        reading_epochs: Before the labels: how often the sentences and all snippets are read, to
-            guess words hidden in them.
-        reading_rate: The learning rate of that at its highest.
         warm_up: Part of the run in which the learning rate rises.
     """
 
@@ -829,8 +778,6 @@ class Recipe:
     short_tokens: int
     long_from: float
     precision: str
-    reading_epochs: int = 0
-    reading_rate: float = 0.0
     warm_up: float = 0.06
 
     def limit(self, progress: float) -> int:
@@ -843,79 +790,9 @@ class Recipe:
 
 
 RECIPES = {
-    "transformer": Recipe(8, 64, 8_192, 1e-4, 0.9, 0.01, 0.4, 0.06, 0.15, 0.65, 256, 0.75, "auto", 1, 3e-4),
+    "transformer": Recipe(8, 64, 8_192, 1e-4, 0.9, 0.01, 0.4, 0.06, 0.15, 0.65, 256, 0.75, "auto"),
     "gru": Recipe(4, 96, 16_384, 2e-3, 1.0, 0.01, 1.0, 0.25, 0.1, 0.0, 256, 0.7, "fp32"),
 }
-
-
-def read_on(
-    bert: BertModel,
-    texts: Sequence[Tokens],
-    hidden_by: int,
-    settings: fit.Settings,
-    recipe: Recipe,
-    run: fit.Run,
-) -> fit.Story:
-    """Let pretrained layers guess hidden words of the field's texts before they see a label.
-
-    It leaves a resume point of its own in `run.out / "reading"`.
-
-    Args:
-        bert: Already on its device; it gets the weights' moving average.
-        texts: In word pieces.
-        hidden_by: The token that stands for a hidden word.
-        settings: Of the run; the epochs are the recipe's.
-        recipe: Says how often and how fast.
-        run: The run.
-
-    Returns:
-        What happened.
-
-    Raises:
-        TrainingError: the resume point is not in order, or the loss stopped being a number.
-    """
-    if not run.resume and fit.process_rank() == 0:
-        # As `fit` does, but before the reading.
-        (run.out / fit.RESUME_POINT).unlink(missing_ok=True)
-    device = bert.device
-    settings = replace(settings, epochs=recipe.reading_epochs)
-    lengths, random = np.array([len(text) for text in texts]), np.random.default_rng(run.seed)
-    batches = []
-    for _ in range(settings.epochs):
-        by_length = _by_length(
-            np.arange(len(texts)), lengths, settings.batch_size, recipe.batch_tokens, random
-        )
-        batches.append(_shuffled(by_length, random))
-    steps = len(batches[0])
-    network = MaskedLanguageModel(bert).to(device)
-    optimizer = torch.optim.AdamW(
-        _groups(network.rates(), replace(recipe, learning_rate=recipe.reading_rate)),
-        lr=recipe.reading_rate,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: recipe.rate((step + 1) / (settings.epochs * steps + 1))
-    )
-    reader = fit.Player("guess", network, guessing_loss, optimizer, schedule, AVERAGE_DECAY)
-
-    def batch_of(indices: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
-        words = padded([texts[row] for row in indices]).to(device)
-        hidden = some_words(words, GUESSED_SHARE)
-        return words.masked_fill(hidden, hidden_by), hidden, words[hidden]
-
-    story = fit.fit(
-        [reader],
-        examples=len(texts),
-        batch_of=batch_of,
-        score=dict,
-        settings=settings,
-        out=run.out / "reading",
-        identity=run.identity(settings, recipe),
-        resume=run.resume,
-        batches=batches,
-    )
-    bert.load_state_dict(reader.averaged.bert.state_dict())
-    return story
 
 
 def train(run: fit.Run) -> dict[str, Any]:
@@ -932,7 +809,7 @@ def train(run: fit.Run) -> dict[str, Any]:
     tokenizer = load_tokenizer(tokenizer_file)
     corpus = load_corpus(run.data, verify=run.verify, holdout=run.holdout)
     nothing = Texts([], np.zeros(0, np.int64))
-    pieces = snippets(corpus.reviews) if recipe.snippets_until or recipe.reading_epochs else nothing
+    pieces = snippets(corpus.reviews) if recipe.snippets_until else nothing
     material = corpus.sentences + corpus.phrases + corpus.reviews + pieces
     settings = _settings(run)
     with fit.processes(run.device) as device:
@@ -943,10 +820,6 @@ def train(run: fit.Run) -> dict[str, Any]:
         network.to(device)
         tokens, labels = cut_up(tokenizer, material), torch.from_numpy(material.labels)
         hidden_by = tokenizer.token_to_id("[MASK]") or tokenizer.token_to_id("[UNK]")
-        reading = fit.Story()
-        if isinstance(network, Transformer) and recipe.reading_epochs:
-            short = tokens[: len(corpus.sentences)] + tokens[len(tokens) - len(pieces) :]
-            reading = read_on(network.bert, short, hidden_by, settings, recipe, run)
         kinds = [len(corpus.sentences), len(corpus.phrases), len(corpus.reviews), len(pieces)]
         trust = torch.ones(len(tokens))
         trust[len(tokens) - len(pieces) :] = SNIPPET_TRUST
@@ -991,7 +864,6 @@ def train(run: fit.Run) -> dict[str, Any]:
             resume=run.resume,
             batches=batches,
         )
-        story.minutes += reading.minutes
         if fit.process_rank() != 0:
             return {}
         facts = _write_up(
@@ -1025,6 +897,7 @@ def average(run: fit.Run, folders: Sequence[Path]) -> dict[str, Any]:
     mean.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]})
     minutes = sum(facts["training"]["minutes"] for facts in cards)
     training = card.training_facts(run, _settings(run), fit.Story(minutes=minutes), mean)
+    training["seeds"] = list(run.averaged)
     tokenizer_file = load_minilm(run.data, TOKENIZER, verify=run.verify)
     return _write_up(run, mean.to(run.device), corpus, tokenizer_file, training)
 

@@ -18,7 +18,7 @@ from training import sentiment
 from training.__main__ import main
 from training.card import read_assets, read_checkpoint
 from training.errors import TrainingError
-from training.fit import RESUME_POINT, Run, Settings
+from training.fit import RESUME_POINT, Settings
 
 from ..texts import tokenizer_file, vocabulary_size, write_texts
 
@@ -137,29 +137,6 @@ def _steps(folder: Path, arch: str) -> int:
     lengths = np.array([len(text) for part in parts for text in sentiment.cut_up(tokenizer, part)])
     plan = sentiment.plan(lengths, list(map(len, parts)), sentiment.RECIPES[arch], Settings(5, 8))
     return len(plan[0])
-
-
-def test_a_run_that_is_broken_off_while_it_reads_goes_on_and_takes_no_earlier_run_for_its_own(
-    folder: Path, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run_of("transformer", folder, runs)
-    shutil.copytree(whole, tmp_path / "run")
-    usual, steps = sentiment.guessing_loss, 0
-
-    def breaks(network: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        nonlocal steps
-        steps += 1
-        if steps == 3:
-            raise KeyboardInterrupt
-        return usual(network, batch)
-
-    monkeypatch.setattr(sentiment, "guessing_loss", breaks)
-    assert train(folder, tmp_path / "run", "transformer", "--epochs", "5") == 130
-    assert not (tmp_path / "run" / RESUME_POINT).exists()
-    monkeypatch.setattr(sentiment, "guessing_loss", usual)
-    assert train(folder, tmp_path / "run", "transformer", "--epochs", "5", "--resume") == 0
-    first, second = (read_checkpoint(out)[0].state_dict() for out in (whole, tmp_path / "run"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @every_architecture
@@ -289,28 +266,6 @@ def test_hidden_words_are_words_and_never_the_first() -> None:
     assert not changed[tokens == PADDING].any()
     assert (hidden[changed] == 3).all()
     assert 0.05 < changed[0].float().mean() < 0.11
-
-
-def test_reading_learns_to_guess_hidden_words_and_goes_on_from_where_it_stopped(tmp_path: Path) -> None:
-    # Each text says one word over and over, so what is hidden stands beside it.
-    words = np.random.default_rng(0).integers(10, vocabulary_size(), (240, 1))
-    texts = list(np.repeat(words, 8, axis=1))
-    recipe = dataclasses.replace(sentiment.RECIPES["transformer"], reading_rate=3e-3)
-    settings = Settings(epochs=1, batch_size=8, precision="fp32")
-
-    def read(epochs: int, out: Path, *, resume: bool = False) -> tuple[dict[str, torch.Tensor], list[float]]:
-        torch.manual_seed(0)
-        network = sentiment.Transformer(TINY)
-        run = Run("sentiment", "transformer", out, resume=resume)
-        how = dataclasses.replace(recipe, reading_epochs=epochs)
-        story = sentiment.read_on(network.bert, texts, 3, settings, how, run)
-        return network.bert.state_dict(), [row["guess/loss"] for row in story.epochs]
-
-    learnt, losses = read(8, tmp_path)
-    assert losses[-1] < losses[0] / 2
-    again, seen = read(8, tmp_path, resume=True)
-    assert seen == losses, "nothing is read twice"
-    assert all(torch.equal(learnt[name], again[name]) for name in learnt)
 
 
 def test_the_mean_of_runs_is_a_network_with_a_card_of_its_own(folder: Path, tmp_path: Path) -> None:
