@@ -227,8 +227,11 @@ def shards(examples: int, settings: Settings, epoch: int) -> Iterator[Tensor]:
 
 
 def share(batch: Tensor) -> Tensor:
-    """This process's part of a batch that all processes learn from together."""
-    return batch[process_rank() :: process_count()]
+    """This process's part of a batch that all processes learn from together.
+
+    Of a batch that has fewer examples than there are processes, some have the same one.
+    """
+    return batch[process_rank() % len(batch) :: process_count()]
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:

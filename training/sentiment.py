@@ -359,16 +359,10 @@ def plan(
             recipe.batch_tokens,
             random,
         )
-        plan += _shuffled(batches, random)
+        plan += [batches[number] for number in random.permutation(len(batches))]
     # As many in every epoch: a batch more or less of hundreds is no loss.
     steps = len(plan) // settings.epochs
     return [plan[epoch * steps : (epoch + 1) * steps] for epoch in range(settings.epochs)]
-
-
-def _shuffled(batches: Sequence[Tensor], random: np.random.Generator) -> list[Tensor]:
-    """The batches in a random order, without those that leave a process of several nothing to do."""
-    order = random.permutation(len(batches))
-    return [batches[number] for number in order if len(batches[number]) >= fit.process_count()]
 
 
 def _portions(

@@ -125,7 +125,7 @@ async def test_an_answered_request_leaves_nothing_for_the_garbage_collector() ->
                 for _ in range(50):
                     writer.write(request("/short", b"seven"))
                     await read_answer(reader)
-            left = sum(isinstance(one, Exchange) for one in gc.get_objects())
+            left = sum(type(one) is Exchange for one in gc.get_objects())
     finally:
         gc.enable()
     assert left <= 1, "the last one, which its connection still holds"

@@ -47,7 +47,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        pytest.param(("sentiment", "--arch", "gru", "--batch-size", "8"), 0.05, id="sentiment"),
+        pytest.param(("sentiment", "--arch", "gru", "--batch-size", "8"), 0.25, id="sentiment"),
         pytest.param(("generator", "--batch-size", "70"), 0.25, id="generator"),
         pytest.param(("detection", "--batch-size", "4"), 0.25, id="detection"),
     ],
@@ -60,7 +60,10 @@ def test_two_processes_agree_with_one(
     environment: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """Each process draws its own distortions and noise, and normalises by its own half of a batch."""
+    """Each process draws its own distortions, noise and hidden words, and normalises by its own half.
+
+    Other seeds of one process alone move a text's loss by a tenth.
+    """
     folder = {"detection": slides, "sentiment": texts}.get(options[0])
     if folder is not None:
         environment = {**environment, "QUINTET_DATA": str(folder)}
