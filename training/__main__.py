@@ -51,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--average", action="store_true", help="with --seeds: keep the mean of the runs' weights, too"
     )
+    options.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="DIR",
+        help="a finished run; learn what its network says of texts that have no label of their own",
+    )
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     options.add_argument(
         "--precision",
@@ -95,6 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"runs of {chosen.model}'s {arch} each start from weights of their own, so their mean is no "
             "network; --average is for sentiment's transformer"
         )
+    if chosen.teacher and arch not in getattr(story, "WITH_A_TEACHER", ()):
+        options.error(
+            f"{chosen.model}'s {arch} learns from labels alone; --teacher is for sentiment's transformer"
+        )
     try:
         _train(story, chosen, arch)
     except TrainingError as error:
@@ -117,7 +127,8 @@ def _train(story: ModuleType, chosen: argparse.Namespace, arch: str) -> None:
     seeds = chosen.seeds or [chosen.seed]
 
     def run_of(name: str, seed: int, averaged: tuple[int, ...] = ()) -> Run:
-        out = chosen.out or Path("runs") / f"{chosen.model}-{arch}-{name}"
+        kind = f"{arch}-taught" if chosen.teacher else arch
+        out = chosen.out or Path("runs") / f"{chosen.model}-{kind}-{name}"
         return Run(
             model=chosen.model,
             arch=arch,
@@ -132,6 +143,7 @@ def _train(story: ModuleType, chosen: argparse.Namespace, arch: str) -> None:
             holdout=chosen.holdout,
             resume=chosen.resume,
             averaged=averaged,
+            teacher=chosen.teacher,
         )
 
     runs = [run_of(f"seed{seed}", seed) for seed in seeds]

@@ -74,6 +74,7 @@ class Run:
             to tune a recipe without looking at the test half.
         resume: Go on where a broken-off run in `out` stopped.
         averaged: The seeds of the runs whose mean this is; none for a run of its own.
+        teacher: The folder of a finished run whose network says what labels do not.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Run:
     holdout: int = 0
     resume: bool = False
     averaged: tuple[int, ...] = ()
+    teacher: Path | None = None
 
     def command(self, settings: Settings) -> str:
         """The command that does this run again on another machine."""
@@ -99,6 +101,8 @@ class Run:
             f"python -m training {self.model} --arch {self.arch} --epochs {settings.epochs} "
             f"--batch-size {settings.batch_size} {seeds} --device {settings.device}"
         )
+        if self.teacher:
+            command += f" --teacher {self.teacher}"
         if self.holdout:
             command += f" --holdout {self.holdout}"
         return command if self.verify else command + " --own-data"

@@ -570,6 +570,9 @@ ARCHITECTURES: dict[str, Callable[[], Transformer | Gru]] = {"transformer": Tran
 WITH_A_MEAN: Final = ("transformer",)
 """Architectures whose runs start from the same pretrained weights, so that their mean is a network, too."""
 
+WITH_A_TEACHER: Final = ("transformer",)
+"""Architectures that learn from snippets, of which a teacher can say more than their label."""
+
 
 # ---------------------------------------------------------------- loss
 
@@ -591,21 +594,56 @@ def hide_words(tokens: Tensor, hidden_by: int) -> Tensor:
 
 
 def loss(network: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Cross entropy, with labels believed as far as they are trusted.
+    """Cross entropy, with what is told of a text believed as far as it is trusted.
 
-    What a label is not trusted with, the network says itself (Reed et al., *Training Deep
-    Neural Networks on Noisy Labels with Bootstrapping*, 2015).
+    What it is not trusted with, the network says itself (Reed et al., *Training Deep Neural
+    Networks on Noisy Labels with Bootstrapping*, 2015).
 
     Args:
         network: Takes tokens.
-        batch: Tokens, int64 [n, length]; the texts' labels, int64 [n]; how far each is
-            trusted, float32 [n] in 0..1.
+        batch: Tokens, int64 [n, length]; how likely each text has each label, float32 [n, 2];
+            how far that is trusted, float32 [n] in 0..1.
     """
-    tokens, labels, trust = batch
+    tokens, told, trust = batch
     said = network(tokens).float().log_softmax(1)
     own = said.exp().detach()
-    truth = own + trust[:, None] * (one_hot(labels, len(LABELS)) - own)
+    truth = own + trust[:, None] * (told - own)
     return -(truth * said).sum(1).mean()
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained network, asked what a snippet says, which its review's label often does not tell.
+
+    A pupil that hears its answers with words hidden gets past it (Xie et al., *Self-training
+    with Noisy Student*, 2020).
+
+    Attributes:
+        network: Takes tokens, gives probabilities float32 [n, 2].
+        card: As its training left it.
+    """
+
+    network: nn.Module
+    card: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, device: torch.device) -> "Teacher":
+        """From the folder of a finished run.
+
+        Raises:
+            TrainingError: it holds none of this story's networks, or is damaged.
+        """
+        network, facts = card.read_checkpoint(folder)
+        if facts["model"] != SENTIMENT.name:
+            raise TrainingError(f"{folder} holds a {facts['model']} network, which reads no texts.")
+        return cls(Probabilities(network, float(facts.get("temperature", 1.0))).to(device), facts)
+
+    @torch.no_grad()
+    def answers(self, tokens: Tensor, precision: str) -> Tensor:
+        """What it says of texts int64 [n, length]: float32 [n, 2]."""
+        device = tokens.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=fit.uses_bf16(precision, device)):
+            return self.network(tokens).float()
 
 
 # ---------------------------------------------------------------- score
@@ -732,7 +770,7 @@ HIDDEN_SHARE: Final = 0.08
 SNIPPET_WORDS: Final = (12, 50)
 """A snippet ends with the sentence that makes it so long, or is left out where that is too long."""
 SNIPPET_TRUST: Final = 0.6
-"""How far a snippet's label, which is its review's, is believed."""
+"""How far a snippet's label, which is its review's, is believed; what a teacher says of it is, wholly."""
 AVERAGE_DECAY: Final = 0.998
 CLASSIFY_RATE: Final = 5.0
 """The new layers start from nothing, so they learn faster than the pretrained ones."""
@@ -807,16 +845,18 @@ def train(run: fit.Run) -> dict[str, Any]:
     material = corpus.sentences + corpus.phrases + corpus.reviews + pieces
     settings = _settings(run)
     with fit.processes(run.device) as device:
+        teacher = Teacher.read(run.teacher, device) if run.teacher else None
         fit.sow(run.seed)
         network = ARCHITECTURES[run.arch]()
         if isinstance(network, Transformer):
             network.start_from(load_minilm(run.data, WEIGHTS, verify=run.verify))
         network.to(device)
-        tokens, labels = cut_up(tokenizer, material), torch.from_numpy(material.labels)
+        tokens = cut_up(tokenizer, material)
+        truth = one_hot(torch.from_numpy(material.labels), len(LABELS)).float()
         hidden_by = tokenizer.token_to_id("[MASK]") or tokenizer.token_to_id("[UNK]")
         kinds = [len(corpus.sentences), len(corpus.phrases), len(corpus.reviews), len(pieces)]
-        trust = torch.ones(len(tokens))
-        trust[len(tokens) - len(pieces) :] = SNIPPET_TRUST
+        is_piece = torch.arange(len(tokens)) >= len(tokens) - len(pieces)
+        trust = torch.ones(len(tokens)).masked_fill(is_piece, 1.0 if teacher else SNIPPET_TRUST)
         batches = plan(np.array([len(text) for text in tokens]), kinds, recipe, settings)
         steps = settings.epochs * len(batches[0])
         optimizer = torch.optim.AdamW(
@@ -829,9 +869,11 @@ def train(run: fit.Run) -> dict[str, Any]:
 
         def batch_of(indices: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor]:
             limit = recipe.limit(progress)
-            chosen = padded([shorten(tokens[row], limit) for row in indices])
-            shown = hide_words(chosen.to(device), hidden_by)
-            return shown, labels[indices].to(device), trust[indices].to(device)
+            chosen = padded([shorten(tokens[row], limit) for row in indices]).to(device)
+            told, asked = truth[indices].to(device), is_piece[indices].to(device)
+            if teacher and asked.any():
+                told[asked] = teacher.answers(chosen[asked], settings.precision)
+            return hide_words(chosen, hidden_by), told, trust[indices].to(device)
 
         curve = cut_up(tokenizer, corpus.calibration), cut_up(tokenizer, corpus.long_calibration)
 
@@ -854,15 +896,19 @@ def train(run: fit.Run) -> dict[str, Any]:
             score=score,
             settings=settings,
             out=run.out,
-            identity=run.identity(settings, recipe),
+            identity={
+                **run.identity(settings, recipe),
+                "teacher": teacher.card["weights"]["sha256"] if teacher else None,
+            },
             resume=run.resume,
             batches=batches,
         )
         if fit.process_rank() != 0:
             return {}
-        facts = _write_up(
-            run, reader.averaged, corpus, tokenizer_file, card.training_facts(run, settings, story, network)
-        )
+        training = card.training_facts(run, settings, story, network)
+        if teacher:
+            training["teacher"] = teacher.card["training"]["command"]
+        facts = _write_up(run, reader.averaged, corpus, tokenizer_file, training)
         card.draw_curve(story.epochs, "accuracy", run.out / "learning_curve.png")
         return facts
 
@@ -892,6 +938,7 @@ def average(run: fit.Run, folders: Sequence[Path]) -> dict[str, Any]:
     minutes = sum(facts["training"]["minutes"] for facts in cards)
     training = card.training_facts(run, _settings(run), fit.Story(minutes=minutes), mean)
     training["seeds"] = list(run.averaged)
+    training |= {name: told for name, told in cards[0]["training"].items() if name == "teacher"}
     tokenizer_file = load_minilm(run.data, TOKENIZER, verify=run.verify)
     return _write_up(run, mean.to(run.device), corpus, tokenizer_file, training)
 

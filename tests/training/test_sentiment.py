@@ -307,10 +307,61 @@ def test_what_has_no_mean_is_refused_before_anything_is_trained(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pupil_hears_of_snippets_what_its_teacher_says(folder: Path, tmp_path: Path) -> None:
+    command = ["--epochs", "2", "--seed", "3"]
+    assert train(folder, tmp_path / "teacher", "transformer", "--epochs", "1") == 0
+    assert train(folder, tmp_path / "alone", "transformer", *command) == 0
+    taught = [*command, "--teacher", str(tmp_path / "teacher")]
+    assert train(folder, tmp_path / "pupil", "transformer", *taught) == 0
+    (_, teacher), (alone, _), (pupil, card) = (
+        read_checkpoint(tmp_path / name) for name in ("teacher", "alone", "pupil")
+    )
+    assert card["training"]["teacher"] == teacher["training"]["command"]
+    assert f"--teacher {tmp_path / 'teacher'}" in card["training"]["command"]
+    assert any(not value.equal(pupil.state_dict()[name]) for name, value in alone.state_dict().items())
+
+
+def test_a_teacher_says_what_its_run_would_answer(folder: Path, tmp_path: Path) -> None:
+    assert train(folder, tmp_path, "transformer", "--epochs", "1") == 0
+    network, card = read_checkpoint(tmp_path)
+    tokens = sentiment.padded([np.arange(5, 30), np.arange(5, 15)])
+    said = sentiment.Teacher.read(tmp_path, torch.device("cpu")).answers(tokens, "fp32")
+    expected = (network(tokens) / card["temperature"]).softmax(1)
+    torch.testing.assert_close(said, expected.detach())
+    assert not said.requires_grad
+
+
+def test_a_run_is_not_resumed_without_its_teacher(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(folder, tmp_path / "teacher", "transformer", "--epochs", "1") == 0
+    command = ["--epochs", "1", "--out", str(tmp_path / "pupil")]
+    assert train(folder, tmp_path, "transformer", *command, "--teacher", str(tmp_path / "teacher")) == 0
+    assert train(folder, tmp_path, "transformer", *command, "--resume") == 2
+    assert "a run of other settings (teacher)" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_not_there_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = tmp_path / "nowhere"
+    assert train(folder, tmp_path / "pupil", "transformer", "--teacher", str(nowhere)) == 2
+    assert str(nowhere) in capsys.readouterr().err
+
+
+def test_an_architecture_without_snippets_takes_no_teacher(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        train(folder, tmp_path, "gru", "--teacher", str(tmp_path))
+    assert end.value.code == 2
+    assert "learns from labels alone" in capsys.readouterr().err
+
+
 def test_a_label_is_believed_as_far_as_it_is_trusted() -> None:
     said = torch.tensor([[0.0, 2.0]])
     trusted, doubted, ignored = (
-        sentiment.loss(torch.nn.Identity(), (said, torch.tensor([0]), torch.tensor([trust]))).item()
+        sentiment.loss(torch.nn.Identity(), (said, torch.tensor([[1.0, 0.0]]), torch.tensor([trust]))).item()
         for trust in (1.0, 0.6, 0.0)
     )
     own = said.softmax(1)
