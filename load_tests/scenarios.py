@@ -409,7 +409,8 @@ def growth(workers: int) -> Section:
     """More callers, and more inputs in a request."""
     ours = quintet(workers)
     callers = [Scenario(ours, payloads.pictures("digit"), connections=count) for count in CONNECTIONS]
-    sizes = [Scenario(ours, payloads.binary_tensor("digit", count)) for count in INPUTS]
+    # As many callers as may all wait at one worker with the most inputs: the queue holds 1,024.
+    sizes = [Scenario(ours, payloads.binary_tensor("digit", count), connections=16) for count in INPUTS]
     return Section(
         "growth",
         "Cost as work grows",
