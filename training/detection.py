@@ -818,9 +818,7 @@ def train(run: fit.Run) -> dict[str, Any]:
             return batch_of([distort(example, how, chance) for example in chosen], device)
 
         def score() -> dict[str, float]:
-            with torch.autocast(
-                device.type, torch.bfloat16, enabled=fit.uses_bf16(settings.precision, device)
-            ):
+            with fit.autocasting(settings.precision, device):
                 outputs = answers(finder.averaged, canvases)
             scores = average_precision(found_in(outputs, test.samples), test.truth)
             return {name: scores[name] for name in ("map50", "map50_95")}

@@ -249,6 +249,11 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return bool(has_instruction())
 
 
+def autocasting(precision: str, device: torch.device) -> torch.autocast:
+    """A context for forward passes: in bfloat16 where `precision` asks for it, else as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(precision, device))
+
+
 def fit(
     players: Sequence[Player],
     *,
@@ -293,7 +298,7 @@ def fit(
         (out / RESUME_POINT).unlink(missing_ok=True)
     steps = len(batches[0]) if batches else steps_per_epoch(examples, settings.batch_size)
     movers = [_shared(player.network, device) for player in players]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(settings.precision, device))
+    autocast = autocasting(settings.precision, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=console) as progress,

@@ -642,8 +642,7 @@ class Teacher:
     @torch.no_grad()
     def answers(self, tokens: Tensor, precision: str) -> Tensor:
         """What it says of texts int64 [n, length]: float32 [n, 2]."""
-        device = tokens.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=fit.uses_bf16(precision, device)):
+        with fit.autocasting(precision, tokens.device):
             return self.network(tokens).float()
 
 
@@ -879,10 +878,7 @@ def train(run: fit.Run) -> dict[str, Any]:
         curve = cut_up(tokenizer, corpus.calibration), cut_up(tokenizer, corpus.long_calibration)
 
         def score() -> dict[str, float]:
-            autocast = torch.autocast(
-                device.type, torch.bfloat16, enabled=fit.uses_bf16(settings.precision, device)
-            )
-            with autocast:
+            with fit.autocasting(settings.precision, device):
                 said = answers(reader.averaged, curve[0], device).argmax(1).numpy()
                 long_said = answers(reader.averaged, curve[1][:CURVE_REVIEWS], device).argmax(1).numpy()
             return {
