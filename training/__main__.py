@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--teacher",
         type=Path,
         metavar="DIR",
-        help="a finished run; learn what its network says of texts that have no label of their own",
+        help="learn what another network says: a finished run (sentiment) or a version of the model (digit)",
     )
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     options.add_argument(
@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if chosen.teacher and arch not in getattr(story, "WITH_A_TEACHER", ()):
         options.error(
-            f"{chosen.model}'s {arch} learns from labels alone; --teacher is for sentiment's transformer"
+            f"{chosen.model}'s {arch} learns from labels alone; --teacher is for sentiment's transformer "
+            "and digit's lean and mlp"
         )
     try:
         _train(story, chosen, arch)

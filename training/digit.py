@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, grid_sample, interpolate, max_pool2d
 
+from service.errors import NotFound
 from service.models.digit import DIGIT, LABELS, SIDE
+from service.models.spec import Sample
+from service.providers import Profile
+from service.repository import Repository, RepositoryError
+from service.runtime import Network, NetworkMismatch
 from training import card, data, fit
 from training.calibration import Probabilities, fit_temperature
 from training.errors import TrainingError
@@ -319,17 +324,104 @@ def perceptron(width: int = 512) -> nn.Module:
     )
 
 
-ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"cnn": convolutional, "mlp": perceptron}
+class _Ink(nn.Module):
+    """Pixels on 0..255, uint8 or float [n, 28, 28], to float [n, 1, 28, 28] on 0..1.
+
+    Black stays 0, so that what a convolution sees beyond the border is more paper.
+    """
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255).unsqueeze(1)
+
+
+def lean(first: int = 24, middle: int = 48, last: int = 96) -> nn.Module:
+    """A fifth of the small residual network's work: all but the first layer see 7x7 pixels at most."""
+    return nn.Sequential(
+        _Ink(),
+        nn.Conv2d(1, first, 5, stride=2, padding=2, bias=False),
+        nn.BatchNorm2d(first),
+        nn.ReLU(),
+        _convolution(first, middle, stride=2),
+        nn.ReLU(),
+        _Residual(middle),
+        _convolution(middle, last, stride=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(last, len(LABELS)),
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "cnn": convolutional,
+    "lean": lean,
+    "mlp": perceptron,
+}
 """Each takes pixels uint8 or float [n, 28, 28] on 0..255 and gives logits [n, 10]."""
+
+WITH_A_TEACHER = ("lean", "mlp")
+"""Architectures that learn from a larger one, which sees more than they find by themselves."""
+
+
+# ---------------------------------------------------------------- teacher
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """An exported network, whose answers to distorted pictures a smaller one learns to give.
+
+    Its probabilities say more than a label does: which other digit a picture nearly is, and that a
+    distortion has spoilt it (Hinton, Vinyals and Dean, *Distilling the Knowledge in a Neural
+    Network*, 2015). Whatever it is shown, the pupil is shown, and for long (Beyer et al.,
+    *Knowledge Distillation: A Good Teacher Is Patient and Consistent*, 2022).
+
+    Attributes:
+        network: Takes pixels uint8 [n, 28, 28], gives probabilities float32 [n, 10].
+        sha256: Of its file.
+        command: That trained it.
+    """
+
+    network: Network
+    sha256: str
+    command: str
+
+    @classmethod
+    def read(cls, folder: Path) -> "Teacher":
+        """From the folder of a version, as in `models/digit/2`; of its files, the quickest on a CPU.
+
+        Raises:
+            TrainingError: it is no version of the digit model, or is not as its card says.
+        """
+        where = folder.absolute()
+        if where.parent.name != DIGIT.name:
+            raise TrainingError(
+                f"{folder} is no version of the digit model; name one as in --teacher models/digit/1."
+            )
+        try:
+            files = Repository(where.parents[1]).open(DIGIT.name, where.name, ("int8", "fp32"))
+            network = Network(DIGIT, files.network, Profile(threads=torch.get_num_threads()))
+        except (NotFound, RepositoryError, NetworkMismatch) as error:
+            raise TrainingError(f"The teacher cannot be read: {error}") from error
+        command = str(files.card["training"]["command"])
+        return cls(network, files.card["files"][files.variant]["sha256"], command)
+
+    def answers(self, pixels: Tensor) -> Tensor:
+        """What it says of pictures, float [n, 28, 28] on 0..255: softened probabilities float32 [n, 10]."""
+        shown = pixels.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        rows = self.network.run([Sample((picture,)) for picture in shown])
+        said = torch.from_numpy(np.stack([row[0] for row in rows])).to(pixels.device)
+        return (said.clamp(min=SMALLEST_DOUBT).log() / SOFTNESS).softmax(1)
 
 
 # ---------------------------------------------------------------- loss
 
 
 def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Cross entropy against slightly softened labels (Szegedy et al., 2016)."""
+    """Cross entropy against what a teacher says, or slightly softened labels (Szegedy et al., 2016)."""
     pixels, digits = batch
-    return cross_entropy(network(pixels).float(), digits, label_smoothing=LABEL_SMOOTHING)
+    # A teacher's probabilities are soft already.
+    smoothing = 0.0 if digits.is_floating_point() else LABEL_SMOOTHING
+    return cross_entropy(network(pixels).float(), digits, label_smoothing=smoothing)
 
 
 # ---------------------------------------------------------------- score
@@ -416,6 +508,9 @@ def calibration(folder: Path | None, card: Mapping[str, Any]) -> tuple[Digits]:
 
 QUANTISATION_DIGITS = 1024
 LABEL_SMOOTHING = 0.05
+SOFTNESS = 2.0
+"""The temperature at which a pupil hears its teacher: at 1 there is little but the label."""
+SMALLEST_DOUBT = 1e-12
 AVERAGE_DECAY = 0.999
 CALM_FROM = 0.7
 """From this part of the run on the distortions shrink, towards the pictures that will be read."""
@@ -434,7 +529,11 @@ class Recipe:
     weight_decay: float
 
 
-RECIPES = {"cnn": Recipe(28, 128, 4e-3, 0.05), "mlp": Recipe(30, 256, 3e-3, 0.05)}
+RECIPES = {
+    "cnn": Recipe(28, 128, 4e-3, 0.05),
+    "lean": Recipe(60, 128, 4e-3, 0.01),
+    "mlp": Recipe(30, 256, 3e-3, 0.05),
+}
 
 
 def train(run: fit.Run) -> dict[str, Any]:
@@ -455,6 +554,7 @@ def train(run: fit.Run) -> dict[str, Any]:
         device=run.device,
         precision=run.precision,
     )
+    teacher = Teacher.read(run.teacher) if run.teacher else None
     with fit.processes(run.device) as device:
         fit.sow(run.seed)
         network = ARCHITECTURES[run.arch]().to(device)
@@ -474,8 +574,8 @@ def train(run: fit.Run) -> dict[str, Any]:
         def batch_of(indices: Tensor, progress: float) -> tuple[Tensor, Tensor]:
             chosen = indices.to(device)
             calm = max(0.0, (progress - CALM_FROM) / (1 - CALM_FROM))
-            how = Distortion().scaled(1 - calm * (1 - CALMEST))
-            return distort(pixels[chosen].float(), how), digits[chosen]
+            distorted = distort(pixels[chosen].float(), Distortion().scaled(1 - calm * (1 - CALMEST)))
+            return distorted, teacher.answers(distorted) if teacher else digits[chosen]
 
         def score() -> dict[str, float]:
             right = predict(reader.averaged, test_pixels) == test_digits
@@ -488,7 +588,7 @@ def train(run: fit.Run) -> dict[str, Any]:
             score=score,
             settings=settings,
             out=run.out,
-            identity=run.identity(settings, recipe),
+            identity={**run.identity(settings, recipe), "teacher": teacher.sha256 if teacher else None},
             resume=run.resume,
         )
         if fit.process_rank() != 0:
@@ -497,6 +597,9 @@ def train(run: fit.Run) -> dict[str, Any]:
             reader.averaged, pixels[:CALIBRATION_DIGITS], digits[:CALIBRATION_DIGITS], run.seed
         )
         probabilities = answers(head(reader.averaged, {"temperature": heat}), test_pixels)
+        training = card.training_facts(run, settings, story, reader.averaged)
+        if teacher:
+            training["teacher"] = teacher.command
         facts = {
             "model": DIGIT.name,
             "arch": run.arch,
@@ -509,7 +612,7 @@ def train(run: fit.Run) -> dict[str, Any]:
                 "sha256": data.sha256_of(test_images.tobytes()),
                 "split": f"last {run.holdout} of train" if run.holdout else "test",
             },
-            "training": card.training_facts(run, settings, story, reader.averaged),
+            "training": training,
             "licence": "Apache-2.0; MNIST is CC BY-SA 3.0 (LeCun, Cortes, Burges)",
             "intended_use": "Single handwritten digits, written, scanned, photographed or drawn.",
             "limits": (
