@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from training.card import CARD, WEIGHTS, read_checkpoint, write_checkpoint
-from training.digit import ARCHITECTURES, Distortion, confusion, distort, predict
+from training.digit import ARCHITECTURES, Distortion, Teacher, confusion, distort, predict
 from training.errors import TrainingError
 
-from .conftest import Digits
+from .conftest import ROOT, Digits
+
+VERSION = ROOT / "models" / "digit" / "2"
+"""The residual network, which teaches the lean one."""
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -24,8 +27,9 @@ def test_a_network_takes_bytes_and_floats_alike(arch: str, digits: tuple[Digits,
     assert torch.equal(from_bytes, from_floats)
 
 
-def test_the_default_network_is_small_and_quick() -> None:
-    network, work = ARCHITECTURES["cnn"]().eval(), 0
+@pytest.mark.parametrize(("arch", "most"), [("cnn", 16_000_000), ("lean", 5_000_000)])
+def test_a_network_is_small_and_quick(arch: str, most: int) -> None:
+    network, work = ARCHITECTURES[arch]().eval(), 0
 
     def count(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
         nonlocal work
@@ -35,7 +39,7 @@ def test_the_default_network_is_small_and_quick() -> None:
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(count)
     network(torch.zeros(1, 28, 28))
-    assert work <= 16_000_000, "multiplications for one picture"
+    assert work <= most, "multiplications for one picture"
     assert sum(weight.numel() for weight in network.parameters()) <= 600_000
 
 
@@ -98,7 +102,9 @@ def change_card(folder: Path, **facts: object) -> None:
             id="half-the-weights",
         ),
         pytest.param(lambda folder: change_card(folder, arch="cnn"), "does not fit", id="other-architecture"),
-        pytest.param(lambda folder: change_card(folder, arch="vgg"), "known are: cnn, mlp", id="unknown-one"),
+        pytest.param(
+            lambda folder: change_card(folder, arch="vgg"), "known are: cnn, lean, mlp", id="unknown-one"
+        ),
         pytest.param(lambda folder: change_card(folder, model="fit"), "known are: none", id="not-a-story"),
         pytest.param(
             lambda folder: change_card(folder, model="../x"), "known are: none", id="a-path-for-a-model"
@@ -109,3 +115,33 @@ def test_a_broken_checkpoint_is_recognised(checkpoint: Path, spoil: object, mess
     spoil(checkpoint)  # type: ignore[operator]
     with pytest.raises(TrainingError, match=message):
         read_checkpoint(checkpoint)
+
+
+# ---- a teacher ----
+
+
+def test_a_teacher_says_what_its_version_would_answer_but_less_surely(digits: tuple[Digits, Digits]) -> None:
+    pixels, labels = torch.tensor(digits[0][:200]), torch.tensor(digits[1][:200]).long()
+    said = Teacher.read(VERSION).answers(pixels.float())
+    assert (said.shape, said.dtype) == ((200, 10), torch.float32)
+    torch.testing.assert_close(said.sum(1), torch.ones(200))
+    assert (said.argmax(1) == labels).float().mean() > 0.95
+    assert said.max(1).values.median() < 0.99, "a sure teacher says little more than the label"
+
+
+def test_a_teacher_is_shown_what_its_pupil_sees_in_whole_numbers(digits: tuple[Digits, Digits]) -> None:
+    teacher, pixels = Teacher.read(VERSION), torch.tensor(digits[0][:20]).float()
+    torch.testing.assert_close(teacher.answers(pixels + 0.3), teacher.answers(pixels))
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        pytest.param(ROOT / "models" / "image" / "1", "no version of the digit model", id="another-model"),
+        pytest.param(ROOT / "models" / "digit" / "99", "teacher cannot be read", id="no-such-version"),
+        pytest.param(ROOT / "models" / "digit" / "card.json", "teacher cannot be read", id="no-version"),
+    ],
+)
+def test_a_folder_that_is_no_teacher_is_named(folder: Path, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        Teacher.read(folder)

@@ -114,3 +114,28 @@ def test_several_seeds_are_noted_in_every_card(start: Start, tmp_path: Path) -> 
         assert (card["seeds"]["score"], card["seeds"]["values"]) == ("accuracy", accuracies)
         assert card["seeds"]["mean"] == pytest.approx(sum(accuracies) / 2)
     assert note_seeds([tmp_path / "seed3"])["spread"] == 0
+
+
+def test_a_pupil_learns_from_its_teacher_alone(start: Start, data_folder: Path, tmp_path: Path) -> None:
+    command = ["--arch", "lean", "--batch-size", "50", "--epochs", "6", "--precision", "fp32"]
+    teacher = ROOT / "models" / "digit" / "2"
+    taught = [*command, "--teacher", teacher, "--out", tmp_path / "taught"]
+    finish(start(taught))
+    finish(start([*command, "--out", tmp_path / "alone"]))
+    (pupil, card), (alone, _) = (read_checkpoint(tmp_path / name) for name in ("taught", "alone"))
+    assert (
+        card["training"]["teacher"] == json.loads((teacher / "card.json").read_text())["training"]["command"]
+    )
+    assert f"--teacher {teacher}" in card["training"]["command"]
+    assert any(not value.equal(pupil.state_dict()[name]) for name, value in alone.state_dict().items())
+    images, labels = load_mnist(data_folder, "test", verify=False)
+    assert (predict(pupil, torch.tensor(images)).numpy() == labels).mean() > 0.8
+    printed, _ = start([*command, "--resume", "--out", tmp_path / "taught"]).communicate(timeout=300)
+    assert "a run of other settings (teacher)" in printed
+
+
+def test_the_residual_network_learns_from_labels_alone(start: Start, tmp_path: Path) -> None:
+    process = start([*SMALL, "--teacher", ROOT / "models" / "digit" / "2", "--out", tmp_path])
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "learns from labels alone" in printed
