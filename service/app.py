@@ -36,7 +36,7 @@ from service.commands import Commands
 from service.data_plane import DataPlane, State
 from service.grpc_api import GrpcDoor
 from service.http import Receive, Scope, Send
-from service.http1 import ShortWay
+from service.http1 import Heads, ShortWay
 from service.metrics import BOARD_BYTES, Board, reserve
 from service.models import MODELS
 from service.providers import Profile, ProviderRefused, profile_of, refuse_without_gpu
@@ -200,7 +200,7 @@ class QuintetService(Service[Any]):
         rest, bento = self.house.rest, super().to_asgi(is_main)
         gate = bento_face.Gate(self.house.plane, bento)
         # What uvicorn, which BentoML starts next, takes to speak HTTP.
-        uvicorn.config.HTTP_PROTOCOLS["auto"] = partial(ShortWay, rest)  # type: ignore[assignment]
+        uvicorn.config.HTTP_PROTOCOLS["auto"] = partial(ShortWay, rest, heads=Heads())  # type: ignore[assignment]
 
         async def front(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":

@@ -57,21 +57,33 @@ class Job:
 
     Once it is done, `rows` has one row for each sample, in order; `queue_seconds` is how long
     the first of them waited, `compute_seconds` the time of all its batches, `batch_size` that
-    of the largest. Until then `next` is how many have started; where samples have lengths they
-    need not start in order, and `waiting` says which have not.
+    of the largest; or `error` says why there are no rows. Until then `next` is how many have
+    started; where samples have lengths they need not start in order, and `waiting` says which have not.
     """
 
     __slots__ = (
-        "batch_size", "compute_seconds", "deadline", "entered", "future", "left", "lengths",
-        "next", "queue_seconds", "rows", "samples", "waiting",
+        "_on_done", "batch_size", "caller", "compute_seconds", "deadline", "entered", "error", "is_done",
+        "left", "lengths", "next", "queue_seconds", "rows", "samples", "timer", "waiting",
     )  # fmt: skip
 
     def __init__(
-        self, samples: Sequence[Sample], deadline: float | None, future: "asyncio.Future[None]"
+        self, samples: Sequence[Sample], deadline: float | None, on_done: "Callable[[Job], None]"
     ) -> None:
+        """Prepare to run `samples`.
+
+        Args:
+            samples: At least one.
+            deadline: When to give up, by `time.monotonic`; None for never.
+            on_done: Called once, on the event loop, when there are rows or an error. It raises nothing.
+        """
         self.samples = samples
         self.deadline = deadline
-        self.future = future
+        self._on_done = on_done
+        self.is_done = False
+        self.error: QuintetError | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.caller: asyncio.Future[None] | None = None
+        """What a task waits for, if one does: it is cancelled a turn of the loop before the task knows."""
         self.entered = time.perf_counter()
         self.next = 0
         self.waiting = NONE_WAITING
@@ -86,13 +98,24 @@ class Job:
         """Take the row of one sample; the last one answers the request."""
         self.rows[index] = row
         self.left -= 1
-        if not self.left and not self.future.done():
-            self.future.set_result(None)
+        if not self.left and not self.is_done:
+            self._end()
 
     def fail(self, error: QuintetError) -> None:
         """Answer the request with an error, once."""
-        if not self.future.done():
-            self.future.set_exception(error)
+        if not self.is_done:
+            self.error = error
+            self._end()
+
+    def give_up(self) -> None:
+        """Note that nobody waits for it any more."""
+        self.is_done = True
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def _end(self) -> None:
+        self.give_up()
+        self._on_done(self)
 
 
 Slot = tuple[Job, int]
@@ -212,24 +235,41 @@ class Batcher:
             DeadlineExceeded: the deadline passed; what had not started by then never will.
             InternalError: the network failed on one of these samples.
         """
-        loop = asyncio.get_running_loop()
-        job = self.job_type(samples, deadline, loop.create_future())
+        done = asyncio.get_running_loop().create_future()
+
+        def tell(job: Job) -> None:
+            if not done.done():
+                done.set_result(None)
+
+        job = self.job_type(samples, deadline, tell)
+        job.caller = done
+        self.submit(job, priority)
+        try:
+            await done
+        finally:
+            job.give_up()
+            # Anything left over was cancelled by its caller.
+            self._drop(job)
+        if job.error is not None:
+            raise job.error
+        return job
+
+    def submit(self, job: Job, priority: Priority) -> None:
+        """Have a job's samples run, all admitted before; it calls back when it is done.
+
+        Args:
+            job: Of this batcher's `job_type`.
+            priority: Whom it goes before.
+        """
         if self._length_of is not None:
-            job.lengths = list(map(self._length_of, samples))
-            job.waiting = list(range(len(samples)))
-        timer = None if deadline is None else loop.call_at(deadline, self._expire, job)
+            job.lengths = list(map(self._length_of, job.samples))
+            job.waiting = list(range(len(job.samples)))
+        if job.deadline is not None:
+            job.timer = asyncio.get_running_loop().call_at(job.deadline, self._expire, job)
         if not (self._turn_is_booked or self._is_asking or self._running):
             self._busy_since = job.entered
         self._lines[priority].append(job)
         self._book_turn()
-        try:
-            await job.future
-            return job
-        finally:
-            if timer is not None:
-                timer.cancel()
-            # Anything left over was cancelled by its caller, or is past its deadline.
-            self._drop(job)
 
     def _expire(self, job: Job) -> None:
         job.fail(_too_late())
@@ -326,7 +366,7 @@ class Batcher:
                     job.fail(_too_late())
                     self._drop(job)
                 end = min(len(job.samples), job.next + most - len(batch))
-                batch.extend((job, index) for index in range(job.next, end))
+                batch += [(job, index) for index in range(job.next, end)]
                 self.release(end - job.next)
                 job.next = end
                 if end == len(job.samples):
@@ -335,7 +375,8 @@ class Batcher:
 
     def _is_over(self, job: Job, now: float) -> bool:
         # By a clock that moves: uvloop's own stands still within a turn, and counts milliseconds.
-        return job.future.done() or (job.deadline is not None and job.deadline <= now)
+        is_given_up = job.is_done or (job.caller is not None and job.caller.done())
+        return is_given_up or (job.deadline is not None and job.deadline <= now)
 
     def _lines_in_turn(self) -> Sequence[deque[Job]]:
         """The lines by priority; but nobody waits for ever, whoever comes before them."""
@@ -424,10 +465,11 @@ class Batcher:
         if isinstance(result, Exception):
             self._find_culprit(batch, result)
             return
-        started, size = time.perf_counter() - seconds, len(batch)
+        now, size = time.perf_counter(), len(batch)
+        started = now - seconds
         waits = []
         last: Job | None = None
-        for (job, index), row in zip(batch, result, strict=True):
+        for job, index in batch:
             if job is not last:
                 last = job
                 job.compute_seconds += seconds
@@ -436,12 +478,15 @@ class Batcher:
                 if not index:
                     job.queue_seconds = started - job.entered
                     waits.append(job.queue_seconds)
-            job.give(index, row)
-        self._on_batch(size, seconds, waits)
         # How fast the queue moves, whoever else uses the same cores.
-        now = started + seconds
         self._pace += ((now - self._busy_since) / size - self._pace) * PACE_WEIGHT
         self._busy_since = now
+        try:
+            # Before anybody is answered, who may ask for the numbers next.
+            self._on_batch(size, seconds, waits)
+        finally:
+            for (job, index), row in zip(batch, result, strict=True):
+                job.give(index, row)
 
     def _find_culprit(self, batch: list[Slot], error: Exception) -> None:
         """Run a failed batch again, sample by sample, so that only the sample at fault fails."""
@@ -465,6 +510,7 @@ class Batcher:
             failure = InternalError(index=index if len(job.samples) > 1 else None)
             log.error("the network failed on one sample", id=failure.id, error=repr(result))
             job.fail(failure)
+            self._drop(job)
         else:
             job.give(index, result[0])
 

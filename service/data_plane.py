@@ -86,7 +86,7 @@ class DataPlane:
         admin_keys = [settings.admin_key.get_secret_value()] if settings.admin_key else []
         api_keys = [key.get_secret_value() for key in settings.api_keys]
         self._admin_keys = Keys(admin_keys)
-        self._keys = Keys([*api_keys, *admin_keys] if api_keys else ())
+        self._keys = Keys([*api_keys, *admin_keys]) if api_keys else None
         self._commands = commands
         self._obeying = asyncio.Lock()
         self._under_way = 0
@@ -191,11 +191,6 @@ class DataPlane:
         """Whether the models were loaded, whatever has become of the service since."""
         return self.state is not State.STARTING
 
-    @property
-    def is_taking(self) -> bool:
-        """Whether connections may stay open for more requests."""
-        return self.state is not State.DRAINING
-
     def find(self, model: str, version: str | None = None) -> LoadedModel:
         """The model, in the version asked for or (none, or an empty one) the highest.
 
@@ -258,32 +253,68 @@ class DataPlane:
             DeadlineExceeded: the deadline passed first.
             InternalError: the network failed on one of these inputs.
         """
-        count = len(inputs)
-        if not 1 <= count <= self.settings.max_inputs:
-            raise BadInput(f"The request has {count} inputs; send 1 to {self.settings.max_inputs}.")
-        room, batcher = loaded.room, loaded.batcher
-        batcher.admit(count)
+        self._admit(loaded, inputs)
         started = time.perf_counter()
         try:
-            if count <= QUICK_INPUTS and all(map(room.is_quick, inputs)):
-                samples = _prepare(room, inputs)
+            if self.is_quick(loaded, inputs):
+                samples = _prepare(loaded.room, inputs)
                 seconds = time.perf_counter() - started
             else:
                 loop = asyncio.get_running_loop()
-                samples, seconds = await loop.run_in_executor(self._preparers, _timed_prepare, room, inputs)
+                samples, seconds = await loop.run_in_executor(
+                    self._preparers, _timed_prepare, loaded.room, inputs
+                )
         except BaseException:
-            batcher.release(count)
+            loaded.batcher.release(len(inputs))
             raise
-        loaded.meters.preprocess_seconds.observe(time.perf_counter() - started)
-        # Turns are shared by time, and what a model takes elsewhere counts.
-        batcher.spent_seconds += seconds
-        job = await batcher.run(samples, deadline, priority)
+        loaded.prepared(time.perf_counter() - started, seconds)
+        job = await loaded.batcher.run(samples, deadline, priority)
+        return loaded.answers(job), job
+
+    def ask(
+        self,
+        loaded: LoadedModel,
+        inputs: Sequence[Inputs],
+        deadline: float | None,
+        priority: Priority,
+        on_done: Callable[[Job], None],
+    ) -> None:
+        """Have inputs answered, without a task that waits for it; all are quick, and run on the event loop.
+
+        Args:
+            loaded: What `find` gave.
+            inputs: As `predict` takes them; `is_quick` of them.
+            deadline: As for `predict`.
+            priority: As for `predict`.
+            on_done: Called when the job has its rows, which `loaded.answers` makes answers of, or an
+                error. It raises nothing.
+
+        Raises:
+            BadInput: an input cannot be prepared.
+            Overloaded: the queue is full.
+        """
+        self._admit(loaded, inputs)
+        batcher = loaded.batcher
         started = time.perf_counter()
-        answers = list(map(room.to_answer, job.rows, samples))
+        try:
+            samples = _prepare(loaded.room, inputs)
+        except BaseException:
+            batcher.release(len(inputs))
+            raise
         seconds = time.perf_counter() - started
-        loaded.meters.postprocess_seconds.observe(seconds)
-        batcher.spent_seconds += seconds
-        return answers, job
+        loaded.prepared(seconds, seconds)
+        batcher.submit(batcher.job_type(samples, deadline, on_done), priority)
+
+    def _admit(self, loaded: LoadedModel, inputs: Sequence[Inputs]) -> None:
+        count = len(inputs)
+        if not 1 <= count <= self.settings.max_inputs:
+            raise BadInput(f"The request has {count} inputs; send 1 to {self.settings.max_inputs}.")
+        loaded.batcher.admit(count)
+
+    @staticmethod
+    def is_quick(loaded: LoadedModel, inputs: Sequence[Inputs]) -> bool:
+        """Whether preparing them is short enough for the event loop."""
+        return len(inputs) <= QUICK_INPUTS and all(map(loaded.room.is_quick, inputs))
 
     async def picture(self, room: Room, inputs: Sequence[Inputs], answers: Sequence[Answer]) -> bytes:
         """Answers as one PNG, of a room that gives pictures."""
@@ -300,7 +331,7 @@ class DataPlane:
         Raises:
             Unauthenticated: no key, or none of ours.
         """
-        if self._keys and not self._keys.open_for(authorization):
+        if self._keys is not None and not self._keys.open_for(authorization):
             raise Unauthenticated("Send your key as authorization: Bearer <key>.")
 
     def check_admin_key(self, authorization: bytes) -> None:
@@ -314,14 +345,15 @@ class DataPlane:
         if not self._admin_keys.open_for(authorization):
             raise Forbidden("Send the administrator's key as authorization: Bearer <key>.")
 
-    def enter(self) -> None:
-        """Note a request at a door.
+    def enter(self, buffered_bytes: int = 0) -> None:
+        """Note a request at a door, and its body, where that is here already.
 
         Raises:
-            Overloaded: too many are under way.
+            Overloaded: too many are under way, or all bodies together would take too much.
         """
         if self._under_way >= self.settings.max_requests:
             raise Overloaded("Too many requests are under way; send the request again after a pause.")
+        self.buffer(buffered_bytes)
         self._under_way += 1
 
     def leave(self, buffered_bytes: int = 0) -> None:

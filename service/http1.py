@@ -5,11 +5,16 @@ through middleware, and takes the answer in two messages: for a small picture th
 third of all its time. Here a short POST, which has come whole, goes to the door as it is,
 and its answer leaves in one piece. All others (long or chunked bodies, other methods,
 `Expect`, upgrades, requests sent before the last was answered) go uvicorn's way.
+
+Callers send the same head again and again. What the parser and the door made of one is
+kept, and used for those that are the same byte for byte.
 """
 
 import asyncio
 import time
-from typing import Any, Final, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, NamedTuple, Protocol
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -27,6 +32,14 @@ Whoever closes first should be the caller, or now and then a request crosses the
 UVICORN_KEEP_ALIVE_SECONDS: Final = 5
 """Where nobody has said how long."""
 
+HEAD_END: Final = b"\r\n\r\n"
+
+LONGEST_HEAD: Final = 1024
+"""In bytes: longer ones are parsed each time."""
+
+MOST_HEADS: Final = 4096
+"""That are kept; they differ in the lengths of bodies, too."""
+
 
 class Door(Protocol):
     """What answers requests."""
@@ -41,30 +54,72 @@ class Door(Protocol):
     async def answer(self, request: Request) -> Response | None:
         """The answer, whatever happens; None where the caller has gone."""
 
+    def question(self, request: Request) -> Any:
+        """What the head of a short request asks, where `ask` may answer it; else None."""
+
+    def ask(self, question: Any, body: bytes, reply: Callable[[Response], None]) -> bool:
+        """Answer without a task, now or later; False where `answer` must be asked instead."""
+
+
+class Head(NamedTuple):
+    """What the head of a request says, to the parser and to the door: the same bytes always say the same.
+
+    Attributes:
+        question: What the door made of it.
+        length: Of the body, in bytes.
+    """
+
+    question: Any
+    length: int
+
+
+class Heads:
+    """The heads that the connections of one worker keep, by their bytes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, Head] = {}
+
+    def get(self, head: bytes) -> Head | None:
+        """What these bytes say, if that is known."""
+        return self._kept.get(head)
+
+    def keep(self, head: bytes, said: Head) -> None:
+        """Keep what they say."""
+        if len(self._kept) >= MOST_HEADS:
+            self._kept.clear()
+        self._kept[head] = said
+
 
 class Exchange:
-    """A short request that has come whole, and the connection's state until it is answered."""
+    """A short request that has come whole, and the connection's state until it is answered.
 
-    __slots__ = (
-        "_gone",
-        "body",
-        "disconnected",
-        "is_read",
-        "keep_alive",
-        "request",
-        "response_complete",
-        "task",
-    )
+    uvicorn looks at some of it, in the place of its own cycle.
+    """
+
+    __slots__ = ("disconnected", "keep_alive", "response_complete")
+
+    def __init__(self, keep_alive: bool = True) -> None:
+        self.keep_alive = keep_alive
+        self.disconnected = False
+        self.response_complete = False
+
+    def hang_up(self) -> None:
+        """Note that the caller has gone."""
+        self.disconnected = True
+
+
+class TaskExchange(Exchange):
+    """One that is answered by a task."""
+
+    __slots__ = ("_gone", "body", "is_read", "request", "task")
 
     def __init__(
         self, method: str, path: str, query: bytes, headers: dict[bytes, bytes], keep_alive: bool
     ) -> None:
+        super().__init__(keep_alive)
         self.request = Request(method, path, query, headers, self.receive)
         self.body = b""
         self.is_read = False
-        self.keep_alive = keep_alive
-        self.disconnected = False
-        self.response_complete = False
         self.task: asyncio.Task[None] | None = None
         self._gone: asyncio.Future[None] | None = None
 
@@ -79,8 +134,8 @@ class Exchange:
         return {"type": "http.disconnect"}
 
     def hang_up(self) -> None:
-        """Note that the caller has gone."""
-        self.disconnected = True
+        """Note that the caller has gone, and tell who waits for that."""
+        super().hang_up()
         if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
 
@@ -95,12 +150,19 @@ class ShortWay(HttpToolsProtocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        heads: Heads | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._door = door
+        self._heads = heads or Heads()
+        self._is_between_requests = True
+        self._packet = b""
+        self._is_body_apart = False
+        self._held = b""
         if self.timeout_keep_alive == UVICORN_KEEP_ALIVE_SECONDS:
             self.timeout_keep_alive = KEEP_ALIVE_SECONDS
-        self._exchange: Exchange | None = None
+        self._exchange: TaskExchange | None = None
         self._idle_since = 0.0
         self._dated: list[tuple[bytes, bytes]] = []
         self._date = b""
@@ -111,7 +173,7 @@ class ShortWay(HttpToolsProtocol):
         """Let whoever works for this caller know that nobody waits any more."""
         if isinstance(self.cycle, Exchange):
             self.cycle.hang_up()
-            self.cycle = None
+            self.cycle = None  # type: ignore[assignment]
         if self.timeout_keep_alive_task is not None:
             self.timeout_keep_alive_task.cancel()
         super().connection_lost(exc)
@@ -145,10 +207,61 @@ class ShortWay(HttpToolsProtocol):
         if self.timeout_keep_alive_task is None:
             self._arm(self.timeout_keep_alive)
 
+    # ---- a request whose head is known ----
+
+    def data_received(self, data: bytes) -> None:
+        """Answer a request with a known head at once; have all else parsed."""
+        held, self._held = self._held, b""
+        data = held + data if held else data
+        self._is_body_apart = not self._is_between_requests
+        if self._is_between_requests:
+            self._packet = b""
+            if self.cycle is None or self.cycle.response_complete:
+                end = data.find(HEAD_END, 0, LONGEST_HEAD) + len(HEAD_END)
+                head = self._heads.get(data[:end])
+                if head is None:
+                    self._packet = data
+                elif len(data) < end + head.length and not held and not self._door.is_closing:
+                    # Some clients send the body by itself. If it does not come next, all is parsed.
+                    self._held = data
+                    self._idle_since = time.monotonic()
+                    return
+                elif len(data) == end + head.length and self._answer_at_once(head.question, data[end:]):
+                    return
+        super().data_received(data)
+        if self._exchange is None or self._exchange.body:
+            self._packet = b""
+
+    def _answer_at_once(self, question: Any, body: bytes) -> bool:
+        """Have the door answer; False where it goes the longer way."""
+        if self.flow.write_paused or self.transport.is_closing():
+            return False
+        before = self.cycle
+        exchange = Exchange()
+        self.cycle = exchange  # type: ignore[assignment]
+        self._idle_since = 0.0
+        if self._door.ask(question, body, partial(self._reply, exchange)):
+            return True
+        self.cycle = before
+        return False
+
+    def _reply(self, exchange: Exchange, response: Response) -> None:
+        """Send an answer, if there is somebody left to take it."""
+        if exchange.disconnected or self.transport.is_closing():
+            return
+        if self._door.is_closing:
+            exchange.keep_alive = False
+        self.transport.write(self._written(response, keep_alive=exchange.keep_alive))
+        exchange.response_complete = True
+        if not exchange.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
     # ---- a request, as the parser tells it ----
 
     def on_message_begin(self) -> None:
         """Begin with as little as the short way needs."""
+        self._is_between_requests = False
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
@@ -166,7 +279,7 @@ class ShortWay(HttpToolsProtocol):
         self.headers.extend(headers)
         super().on_headers_complete()
 
-    def _short(self) -> Exchange | None:
+    def _short(self) -> TaskExchange | None:
         """The exchange, if this is a request for the short way."""
         cycle, parser, url = self.cycle, self.parser, self.url
         if (
@@ -189,7 +302,7 @@ class ShortWay(HttpToolsProtocol):
         text = path.decode()
         if not self._door.takes(text):
             return None
-        return Exchange("POST", text, query, headers, parser.should_keep_alive())
+        return TaskExchange("POST", text, query, headers, parser.should_keep_alive())
 
     def on_body(self, body: bytes) -> None:
         """Gather the body."""
@@ -201,29 +314,36 @@ class ShortWay(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Have the request answered, now that it is whole."""
+        self._is_between_requests = True
         exchange = self._exchange
         if exchange is None:
             super().on_message_complete()
             return
         self._exchange = None
         request = exchange.request
+        if self._packet and exchange.keep_alive:
+            self._learn(request, exchange.body)
         # They know each other, and would wait for Python's search for such cycles when they are done.
         del exchange.request
         exchange.task = self.loop.create_task(self._answer(exchange, request))
+
+    def _learn(self, request: Request, body: bytes) -> None:
+        """Keep what was made of a head that came in one packet, by itself or with all of its body."""
+        packet, self._packet = self._packet, b""
+        head, end, rest = packet.partition(HEAD_END)
+        # The parser may take something else for the end of a head; then this is not its body.
+        if not end or rest != (b"" if self._is_body_apart else body) or len(head + end) > LONGEST_HEAD:
+            return
+        question = self._door.question(request)
+        if question is not None:
+            self._heads.keep(head + end, Head(question, len(body)))
 
     async def _answer(self, exchange: Exchange, request: Request) -> None:
         response = await self._door.answer(request)
         if self.flow.write_paused and not exchange.disconnected:
             await self.flow.drain()
-        if exchange.disconnected or response is None or self.transport.is_closing():
-            return
-        if self._door.is_closing:
-            exchange.keep_alive = False
-        self.transport.write(self._written(response, keep_alive=exchange.keep_alive))
-        exchange.response_complete = True
-        if not exchange.keep_alive:
-            self.transport.close()
-        self.on_response_complete()
+        if response is not None:
+            self._reply(exchange, response)
 
     def _written(self, response: Response, *, keep_alive: bool) -> bytes:
         """The answer as it travels (RFC 9112)."""

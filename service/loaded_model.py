@@ -7,10 +7,10 @@ from typing import Final
 
 import numpy as np
 
-from service.batcher import Batcher
+from service.batcher import Batcher, Job
 from service.lanes import Lanes, LoopTurns
 from service.metrics import Board, Tally
-from service.models.spec import Room, Sample
+from service.models.spec import Answer, Room, Sample
 from service.providers import Profile
 from service.repository import ModelFiles
 from service.runtime import Network, NetworkMismatch
@@ -83,6 +83,26 @@ class LoadedModel:
             self.network.provider,
             files.card["files"][files.variant]["sha256"],
         )
+
+    def prepared(self, seconds: float, spent_seconds: float) -> None:
+        """Count that a request's inputs were turned into tensors.
+
+        Args:
+            seconds: That its caller waited for it.
+            spent_seconds: That it took of a core. Turns are shared by time, and what a model takes
+                elsewhere counts.
+        """
+        self.meters.preprocess_seconds.observe(seconds)
+        self.batcher.spent_seconds += spent_seconds
+
+    def answers(self, job: Job) -> list[Answer]:
+        """One answer for each of a job's samples, once it has their rows."""
+        started = time.perf_counter()
+        answers = list(map(self.room.to_answer, job.rows, job.samples))
+        seconds = time.perf_counter() - started
+        self.meters.postprocess_seconds.observe(seconds)
+        self.batcher.spent_seconds += seconds
+        return answers
 
 
 def _batcher_type(settings: Settings) -> type[Batcher]:

@@ -13,17 +13,15 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
-import orjson
 import structlog
 
-from service import open_inference, openapi
-from service.batcher import Job, Priority
-from service.bodies import prefers_picture, read_query, reader_of
-from service.data_plane import LONG_WORK, OPEN_INFERENCE_REST, REST, DataPlane, off_the_loop
+from service import open_inference, openapi, questions
+from service.batcher import Job
+from service.data_plane import OPEN_INFERENCE_REST, REST, DataPlane, State, off_the_loop
 from service.errors import (
-    BadInput,
     InternalError,
     NotFound,
     NotSupported,
@@ -48,15 +46,12 @@ from service.http import (
 from service.loaded_model import LoadedModel
 from service.metrics import CONTENT_TYPE_LATEST, Board
 from service.models import MODELS
-from service.models.spec import Answer, Inputs, Room
 from service.pages import read_page
+from service.questions import Asked, PeoplesQuestion, Question
 from service.version import VERSION
 
 WORTH_COMPRESSING: Final = 1024
 """In bytes: people's answers are compressed from here up, machines' (as Triton does) wherever they ask."""
-
-REQUEST_ID: Final = b"x-request-id"
-MAX_REQUEST_ID: Final = 128
 
 ALLOWED_FROM_OTHER_ORIGINS: Final = (
     (b"access-control-allow-methods", b"GET, HEAD, POST"),
@@ -72,7 +67,17 @@ EXPOSED: Final = (
     b"inference-header-content-length, quintet-batch-size, retry-after, server-timing, x-request-id"
 )
 
-HEADER_LENGTH: Final = b"inference-header-content-length"
+ONCE: Final = frozenset(
+    (
+        b"content-encoding",
+        questions.REQUEST_ID,
+        b"traceparent",
+        b"transfer-encoding",
+        b"expect",
+        b"authorization",
+    )
+)
+"""Headers of requests that `ask` leaves to `answer`."""
 
 log = structlog.get_logger("quintet")
 
@@ -108,7 +113,7 @@ class RestDoor:
     @property
     def is_closing(self) -> bool:
         """Whether connections shall be closed after their answer."""
-        return not self._plane.is_taking
+        return self._plane.state is State.DRAINING
 
     def takes(self, path: str) -> bool:
         """Whether `POST` to this path is a question for a model, or another of the protocol's calls."""
@@ -129,7 +134,7 @@ class RestDoor:
         started = time.perf_counter()
         is_machine = request.path == "/v2" or request.path.startswith("/v2/")
         protocol = OPEN_INFERENCE_REST if is_machine else REST
-        request_id = _request_id(request)
+        name = questions.request_id(request)
         failure: QuintetError | None = None
         entered = False
         try:
@@ -152,14 +157,107 @@ class RestDoor:
             if entered:
                 self._plane.leave(request.buffered_bytes)
         if request.asked is not None or failure is not None:
-            self._plane.measure(protocol, request.asked, started, failure, request_id)
+            self._plane.measure(protocol, request.asked, started, failure, name)
         accepted = request.headers.get(b"accept-encoding")
         # Predictions only: Triton's client for asyncio asks everywhere, and undoes it only there.
         if accepted is not None and request.asked is not None and failure is None:
-            await _compress(response, accepted, 0 if is_machine else WORTH_COMPRESSING)
-        if request_id:
-            response.headers += ((REQUEST_ID, request_id.encode()),)
-        return response
+            coding = _coding(response, accepted, is_machine=is_machine)
+            if coding is not None:
+                response = await off_the_loop(len(response.body), _coded, response, coding)
+        return _named(response, name)
+
+    # ---- at once ----
+
+    def question(self, request: Request) -> Question | None:
+        """What the head of a `POST` asks, if `ask` can answer it; None for all else, mistakes among it."""
+        headers = request.headers
+        # They differ from request to request, or need more than `ask` does; and callers' keys are not kept.
+        if not headers.keys().isdisjoint(ONCE) or self._plane.settings.cors_origins:
+            return None
+        try:
+            name = self._models.get(request.path)
+            if name is not None:
+                question = questions.from_people(MODELS[name], request)
+                return None if question.wants_picture else question
+            match request.path.split("/"):
+                case ["", "v2", "models", name, *version, "infer"] if name in MODELS:
+                    match version:
+                        case []:
+                            return questions.from_machine(MODELS[name], None, request, {})
+                        case ["versions", number]:
+                            return questions.from_machine(MODELS[name], number, request, {})
+        except QuintetError:
+            pass
+        return None
+
+    def ask(self, question: Question, body: bytes, reply: Callable[[Response], None]) -> bool:
+        """Answer a request whose body is here, without a task, where all goes well and nothing has to wait.
+
+        Args:
+            question: What `question` gave for the head.
+            body: All of it.
+            reply: Takes the answer, on the event loop, later or at once.
+
+        Returns:
+            Whether it will be answered; if not, nothing has happened, and `answer` knows what to do.
+        """
+        started = time.perf_counter()
+        plane = self._plane
+        try:
+            plane.check_key(b"")
+            loaded = plane.find(question.room.name, question.version)
+            if not loaded.batcher.is_inline or len(body) > plane.settings.max_body_bytes:
+                return False
+            asked = question.read(body, plane.settings.max_inputs)
+            if not plane.is_quick(loaded, asked.inputs):
+                return False
+            plane.enter(len(body))
+        except QuintetError:
+            return False
+        on_done = partial(self._done, question, loaded, asked, started, len(body), reply)
+        try:
+            plane.ask(loaded, asked.inputs, asked.deadline(started), asked.priority, on_done)
+        except QuintetError:
+            plane.leave(len(body))
+            return False
+        except BaseException:
+            plane.leave(len(body))
+            raise
+        return True
+
+    def _done(
+        self,
+        question: Question,
+        loaded: LoadedModel,
+        asked: Asked,
+        started: float,
+        size: int,
+        reply: Callable[[Response], None],
+        job: Job,
+    ) -> None:
+        """Answer a request that `ask` took."""
+        is_machine = question.protocol is OPEN_INFERENCE_REST
+        failure = job.error
+        try:
+            try:
+                if failure is None:
+                    response = question.told(loaded, asked, loaded.answers(job), job)
+                else:
+                    response = problem_response(failure, as_open_inference=is_machine)
+            except Exception:
+                failure = InternalError()
+                log.exception("a request failed", id=failure.id, path_is_machine=is_machine)
+                response = problem_response(failure, as_open_inference=is_machine)
+            self._plane.leave(size)
+            self._plane.measure(question.protocol, loaded, started, failure, question.request_id)
+            if question.accepts is not None and failure is None:
+                coding = _coding(response, question.accepts, is_machine=is_machine)
+                if coding is not None:
+                    response = _coded(response, coding)
+            reply(_named(response, question.request_id))
+        except Exception:
+            # Others of the same batch still wait for their answers.
+            log.exception("an answer could not be given", path_is_machine=is_machine)
 
     def _answer_page(self, request: Request, page: Callable[[Request], Response]) -> Response:
         if request.method in ("GET", "HEAD"):
@@ -215,50 +313,20 @@ class RestDoor:
         if request.method != "POST":
             raise WrongMethod(f"{request.path} answers POST.", allow="POST")
         request.asked = loaded = self._plane.find(name)
-        deadline = _deadline(request, started)
-        room = loaded.room
-        kind, parameters = request.media_type()
-        read = reader_of(room, kind)
-        options = read_query(room, request.query) if request.query or room.options else None
-        content = await request.body(self._plane)
-        limit = self._plane.settings.max_inputs
-        if len(content) <= LONG_WORK:
-            inputs = read(content, parameters, limit)
-        else:
-            inputs = await asyncio.to_thread(read, content, parameters, limit)
-        if options:
-            inputs = [{**one, **options} for one in inputs]
-        priority = _priority(request)
-        answers, job = await self._predict(request, loaded, inputs, deadline, priority)
-        if room.as_picture is not None and prefers_picture(request.headers.get(b"accept", b"")):
-            return Response(200, b"image/png", await self._plane.picture(room, inputs, answers))
-        return json_response(
-            {
-                "model": name,
-                "version": loaded.version,
-                "predictions": [answer.as_json() for answer in answers],
-            },
-            (
-                (b"quintet-batch-size", b"%d" % job.batch_size),
-                (
-                    b"server-timing",
-                    b"queue;dur=%.3f, compute;dur=%.3f"
-                    % (job.queue_seconds * 1000, job.compute_seconds * 1000),
-                ),
-            ),
-        )
+        return await self._told(request, questions.from_people(loaded.room, request), loaded, started)
 
-    async def _predict(
-        self,
-        request: Request,
-        loaded: LoadedModel,
-        inputs: Sequence[Inputs],
-        deadline: float | None,
-        priority: Priority,
-    ) -> tuple[list[Answer], Job]:
-        work = self._plane.predict(loaded, inputs, deadline, priority)
+    async def _told(
+        self, request: Request, question: Question, loaded: LoadedModel, started: float
+    ) -> Response:
+        """The answer to a question, once its body has come."""
+        body = await request.body(self._plane)
+        asked = await off_the_loop(len(body), question.read, body, self._plane.settings.max_inputs)
+        work = self._plane.predict(loaded, asked.inputs, asked.deadline(started), asked.priority)
         # A batch on the event loop is over before a hang-up could be seen.
-        return await (work if loaded.batcher.is_inline else request.unless_gone(work))
+        answers, job = await (work if loaded.batcher.is_inline else request.unless_gone(work))
+        if isinstance(question, PeoplesQuestion) and question.wants_picture:
+            return Response(200, b"image/png", await self._plane.picture(loaded.room, asked.inputs, answers))
+        return question.told(loaded, asked, answers, job)
 
     # ---- for machines ----
 
@@ -318,8 +386,9 @@ class RestDoor:
                 return await self._statistics(name, version or "")
             case ["infer"]:
                 _must_be(request, "POST")
-                request.asked = self._plane.find(name, version)
-                return await self._infer(request, request.asked, started)
+                request.asked = loaded = self._plane.find(name, version)
+                question = questions.from_machine(loaded.room, version, request)
+                return await self._told(request, question, loaded, started)
         raise NotFound("The Open Inference Protocol has no such path.")
 
     async def _statistics(self, name: str, version: str) -> Response:
@@ -330,42 +399,6 @@ class RestDoor:
         return json_response(
             {"name": "quintet", "version": VERSION, "extensions": list(open_inference.EXTENSIONS)}
         )
-
-    async def _infer(self, request: Request, loaded: LoadedModel, started: float) -> Response:
-        deadline = _deadline(request, started)
-        body = await request.body(self._plane)
-        head_length = _head_length(request, len(body))
-        limit = self._plane.settings.max_inputs
-        head, inputs = await off_the_loop(len(body), _read_infer, loaded.room, body, head_length, limit)
-        parameters = _parameters(head)
-        seconds, priority = open_inference.wishes(parameters)
-        if seconds is not None:
-            soonest = time.monotonic() + seconds - (time.perf_counter() - started)
-            deadline = soonest if deadline is None else min(deadline, soonest)
-        all_binary = parameters.get("binary_data_output") is True
-        wanted = open_inference.wanted_outputs(loaded.room, _asked_outputs(head), is_binary=all_binary)
-        answers, _ = await self._predict(request, loaded, inputs, deadline, priority)
-        outputs, chunks = [], []
-        for one, output in open_inference.to_outputs(loaded.room, answers, wanted):
-            described: dict[str, Any] = {
-                "name": output.tensor.name,
-                "datatype": output.tensor.datatype,
-                "shape": list(output.values.shape),
-            }
-            if one.is_binary:
-                chunks.append(open_inference.to_raw(output))
-                described["parameters"] = {"binary_data_size": len(chunks[-1])}
-            else:
-                described["data"] = open_inference.to_json(output)
-            outputs.append(described)
-        answer = {"model_name": loaded.room.name, "model_version": loaded.version, "outputs": outputs}
-        if isinstance(head.get("id"), str):
-            answer["id"] = head["id"]
-        if not chunks:
-            return json_response(answer)
-        text = orjson.dumps(answer)
-        length = (HEADER_LENGTH, b"%d" % len(text))
-        return Response(200, b"application/octet-stream", b"".join([text, *chunks]), (length,))
 
 
 def _readable(response: Response, request: Request, origins: Sequence[str]) -> Response:
@@ -378,14 +411,23 @@ def _readable(response: Response, request: Request, origins: Sequence[str]) -> R
     return replace(response, headers=response.headers + headers)
 
 
-async def _compress(response: Response, accepted: bytes, least_bytes: int) -> None:
-    """Compress an answer in the way that its caller takes, if there is one and it is worth it."""
-    if len(response.body) < least_bytes or response.media_type == b"image/png":
-        return
-    coding = wanted_coding(accepted)
-    if coding is not None:
-        response.body = await off_the_loop(len(response.body), compress, response.body, coding)
-        response.headers += ((b"content-encoding", coding), (b"vary", b"accept-encoding"))
+def _coding(response: Response, accepted: bytes, *, is_machine: bool) -> bytes | None:
+    """How to compress an answer for a caller who takes `accepted`; None where it is not worth it."""
+    is_small = not is_machine and len(response.body) < WORTH_COMPRESSING
+    return None if is_small or response.media_type == b"image/png" else wanted_coding(accepted)
+
+
+def _coded(response: Response, coding: bytes) -> Response:
+    """The answer, compressed."""
+    headers = ((b"content-encoding", coding), (b"vary", b"accept-encoding"))
+    return replace(response, body=compress(response.body, coding), headers=response.headers + headers)
+
+
+def _named(response: Response, name: str) -> Response:
+    """The answer, with the caller's own name for the request, if there is one."""
+    if name:
+        response.headers += ((questions.REQUEST_ID, name.encode()),)
+    return response
 
 
 async def _optional_json(request: Request, plane: DataPlane) -> dict[str, Any]:
@@ -394,102 +436,11 @@ async def _optional_json(request: Request, plane: DataPlane) -> dict[str, Any]:
     return read_json(body) if body else {}
 
 
-def _request_id(request: Request) -> str:
-    """The caller's own name for the request, if it is one that a log can hold."""
-    value = request.headers.get(REQUEST_ID)
-    if value is None or len(value) > MAX_REQUEST_ID or not value.isascii():
-        return ""
-    text = value.decode()
-    return text if text.isprintable() else ""
-
-
 def _must_be(request: Request, method: str) -> None:
     if request.method != method:
         raise WrongMethod(f"This path answers {method}.", allow=method)
 
 
-def _deadline(request: Request, started: float) -> float | None:
-    """The caller's deadline by `time.monotonic`, if the request names one."""
-    value = request.headers.get(b"quintet-timeout-ms")
-    if value is None:
-        return None
-    try:
-        milliseconds = float(value)
-    except ValueError:
-        milliseconds = -1.0
-    if not 0 < milliseconds <= 86_400_000:
-        raise BadInput("Quintet-Timeout-Ms must be a number of milliseconds above 0, of a day at most.")
-    elapsed = time.perf_counter() - started
-    return time.monotonic() + milliseconds / 1000 - elapsed
-
-
-def _priority(request: Request) -> Priority:
-    """Whom the caller says the request goes before."""
-    value = request.headers.get(b"quintet-priority")
-    if value is None:
-        return Priority.NORMAL
-    try:
-        return Priority[value.decode().upper()]
-    except (KeyError, UnicodeDecodeError):
-        raise BadInput("Quintet-Priority must be high, normal or low.") from None
-
-
-def _head_length(request: Request, body_length: int) -> int | None:
-    value = request.headers.get(HEADER_LENGTH)
-    if value is None:
-        return None
-    # Its own length first: Python refuses to read a number of thousands of digits.
-    if not value.isdigit() or len(value) > 20 or int(value) > body_length:
-        raise BadInput(
-            "Inference-Header-Content-Length must be the length of the JSON before the binary data."
-        )
-    return int(value)
-
-
-def _read_infer(
-    room: Room, body: bytes, head_length: int | None, limit: int
-) -> tuple[dict[str, Any], list[Inputs]]:
-    """An inference request's JSON head, and its inputs, from JSON or from the bytes after it."""
-    head = read_json(body if head_length is None else body[:head_length])
-    described = head.get("inputs")
-    if not isinstance(described, list) or not described:
-        raise BadInput('The request must have "inputs", a list of tensors.')
-    binary = memoryview(body)[head_length:] if head_length is not None else memoryview(b"")
-    position, tensors = 0, []
-    for one in described:
-        if not isinstance(one, dict) or not isinstance(one.get("name"), str):
-            raise BadInput("Every input must be an object with name, shape, datatype and data.")
-        name, datatype = one["name"], one.get("datatype")
-        if not isinstance(datatype, str) or not isinstance(one.get("shape"), list):
-            raise BadInput(f'Input {name!r} must have a "datatype" and a "shape".')
-        shape = open_inference.check_shape(name, one["shape"], limit)
-        parameters = _parameters(one)
-        open_inference.refuse_shared_memory(parameters)
-        size = parameters.get("binary_data_size")
-        if size is None:
-            tensors.append(open_inference.from_json(room, name, datatype, shape, one.get("data")))
-            continue
-        if type(size) is not int or not 0 <= size <= len(binary) - position:
-            raise BadInput(f"Input {name!r} says a binary_data_size that the body does not have.")
-        raw = binary[position : position + size]
-        tensors.append(open_inference.from_raw(name, datatype, shape, raw))
-        position += size
-    if position != len(binary):
-        raise BadInput("The body has more binary data than its inputs name.")
-    return head, open_inference.to_inputs(room, tensors, _parameters(head))
-
-
 def _parameters(described: dict[str, Any]) -> dict[str, Any]:
     parameters = described.get("parameters")
     return parameters if isinstance(parameters, dict) else {}
-
-
-def _asked_outputs(head: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The outputs asked for: their names and parameters."""
-    described = head.get("outputs", [])
-    if not isinstance(described, list):
-        raise BadInput('"outputs" must be a list.')
-    for one in described:
-        if not isinstance(one, dict) or not isinstance(one.get("name"), str):
-            raise BadInput('Every output asked for must be an object with a "name".')
-    return [(one["name"], _parameters(one)) for one in described]

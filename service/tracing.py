@@ -13,7 +13,7 @@ never what was sent.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
 
@@ -185,8 +185,10 @@ class TracedJob(Job):
 
     __slots__ = ("trace", "turns")
 
-    def __init__(self, samples: Sequence[Sample], deadline: float | None, future: Any) -> None:
-        super().__init__(samples, deadline, future)
+    def __init__(
+        self, samples: Sequence[Sample], deadline: float | None, on_done: Callable[[Job], None]
+    ) -> None:
+        super().__init__(samples, deadline, on_done)
         self.turns: list[Turn] = []
         self.trace = CURRENT.get()
         if self.trace is not None:
@@ -216,6 +218,9 @@ class TracedRestDoor(RestDoor):
     def __init__(self, plane: DataPlane, board: Board, tracer: Tracer) -> None:
         super().__init__(plane, board)
         self._tracer = tracer
+
+    def question(self, request: Request) -> None:
+        """None: every request has a span, which begins before its head is read."""
 
     async def answer(self, request: Request) -> Response | None:
         """The answer, which says in which trace it is."""

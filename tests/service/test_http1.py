@@ -6,7 +6,7 @@ A real server on a real socket, with a door that says what it was asked.
 import asyncio
 import gc
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
@@ -15,7 +15,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from service.http import Receive, Request, Response, Scope, Send
-from service.http1 import Exchange, ShortWay
+from service.http1 import MOST_HEADS, Head, Heads, ShortWay, TaskExchange
 
 PATIENCE_SECONDS = 30
 
@@ -25,6 +25,7 @@ class Door:
 
     def __init__(self) -> None:
         self.is_closing = False
+        self.at_once: list[str] = []
         self.short: list[str] = []
         self.long: list[str] = []
         self.gone: list[str] = []
@@ -32,6 +33,21 @@ class Door:
 
     def takes(self, path: str) -> bool:
         return path.startswith("/short")
+
+    def question(self, request: Request) -> str | None:
+        """Of paths that begin with `/short/known`, which `ask` answers, what the path and the query are."""
+        return f"{request.path}?{request.query.decode()}" if request.path.startswith("/short/known") else None
+
+    def ask(self, question: str, body: bytes, reply: Callable[[Response], None]) -> bool:
+        if body == b"refuse":
+            return False
+        self.at_once.append(question)
+        response = Response(200, b"text/plain", question.encode() + b" " + body, ((b"way", b"at once"),))
+        if "later" in question:
+            asyncio.get_running_loop().call_later(0.05, reply, response)
+        else:
+            reply(response)
+        return True
 
     async def answer(self, request: Request) -> Response | None:
         self.short.append(request.path)
@@ -68,7 +84,7 @@ async def serving(door: Door, keep_alive: float = 30.0) -> AsyncIterator[int]:
     state = ServerState()
     state.default_headers = [(b"date", b"today")]
     loop = asyncio.get_running_loop()
-    make = partial(ShortWay, door, config=config, server_state=state, app_state={})
+    make = partial(ShortWay, door, config=config, server_state=state, app_state={}, heads=Heads())
     server = await loop.create_server(make, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
@@ -125,7 +141,7 @@ async def test_an_answered_request_leaves_nothing_for_the_garbage_collector() ->
                 for _ in range(50):
                     writer.write(request("/short", b"seven"))
                     await read_answer(reader)
-            left = sum(type(one) is Exchange for one in gc.get_objects())
+            left = sum(type(one) is TaskExchange for one in gc.get_objects())
     finally:
         gc.enable()
     assert left <= 1, "the last one, which its connection still holds"
@@ -308,3 +324,146 @@ def test_what_is_not_http_is_refused(sent: bytes) -> None:
         assert (door.short, door.long) == ([], [])
 
     asyncio.run(check())
+
+
+# ---- heads that are known ----
+
+
+KNOWN = request("/short/known?a=1", b"hello")
+
+
+async def ways(port: int, *packets: bytes, answers: int) -> list[tuple[str, bytes]]:
+    """Send packets of requests whose head may be known, in turn; how each was answered, and what."""
+    async with connected(port) as (reader, writer):
+        writer.write(KNOWN)
+        await read_answer(reader)
+        for packet in packets:
+            writer.write(packet)
+            await asyncio.sleep(0.05)
+        found = [await read_answer(reader) for _ in range(answers)]
+    return [(re.findall(rb"way: ([a-z ]+)", head)[0].decode(), body) for head, body in found]
+
+
+HEAD, BODY = KNOWN[:-5], KNOWN[-5:]
+AT_ONCE = ("at once", b"/short/known?a=1 hello")
+BY_A_TASK = ("short", b"/short/known?a=1 hello")
+
+
+@pytest.mark.parametrize(
+    ("packets", "expected"),
+    [
+        pytest.param([KNOWN], [AT_ONCE], id="the same again"),
+        pytest.param([KNOWN, KNOWN, KNOWN], [AT_ONCE] * 3, id="again and again"),
+        pytest.param([HEAD, BODY], [AT_ONCE], id="the body by itself"),
+        pytest.param([HEAD, BODY[:2], BODY[2:]], [BY_A_TASK], id="the body in two parts"),
+        pytest.param([HEAD[:20], HEAD[20:] + BODY], [BY_A_TASK], id="the head in two parts"),
+        pytest.param([HEAD[:20], KNOWN[20:], KNOWN], [BY_A_TASK, AT_ONCE], id="in parts, then whole"),
+        pytest.param([HEAD + b"other"], [("at once", b"/short/known?a=1 other")], id="another body"),
+        pytest.param(
+            [HEAD.replace(b"a=1", b"a=2") + BODY], [("short", b"/short/known?a=2 hello")], id="another query"
+        ),
+        pytest.param(
+            [request("/short/known?a=1", b"a longer body")],
+            [("short", b"/short/known?a=1 a longer body")],
+            id="another length",
+        ),
+        pytest.param([KNOWN + KNOWN], [BY_A_TASK, ("long", AT_ONCE[1])], id="two at a time"),
+        pytest.param([KNOWN + KNOWN[:30], KNOWN[30:]], [BY_A_TASK, BY_A_TASK], id="one and a half"),
+        pytest.param([HEAD, BODY + KNOWN], [BY_A_TASK, ("long", AT_ONCE[1])], id="the next behind the body"),
+        pytest.param(
+            [request("/short/known?a=1", b"refuse")] * 2,
+            [("short", b"/short/known?a=1 refuse")] * 2,
+            id="the door would rather not",
+        ),
+    ],
+)
+def test_a_known_head_is_answered_at_once_and_all_else_as_ever(
+    packets: list[bytes], expected: list[tuple[str, bytes]]
+) -> None:
+    async def check() -> None:
+        async with serving(Door()) as port:
+            assert await ways(port, *packets, answers=len(expected)) == expected
+
+    asyncio.run(check())
+
+
+def test_a_head_that_comes_by_itself_the_first_time_is_known_the_second() -> None:
+    async def check() -> None:
+        door = Door()
+        async with serving(door) as port, connected(port) as (reader, writer):
+            for _ in range(2):
+                writer.write(HEAD)
+                await asyncio.sleep(0.05)
+                writer.write(BODY)
+                await read_answer(reader)
+        assert (door.short, door.at_once) == (["/short/known"], ["/short/known?a=1"])
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(request("/short/known", b"x", "connection: close"), id="a connection that is to close"),
+        pytest.param(request("/short/known", b"x", f"long: {'x' * 2000}"), id="a long head"),
+        pytest.param(request("/short/other", b"x"), id="a question that the door does not answer so"),
+        pytest.param(
+            b"POST /short/known HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n",
+            id="chunks",
+        ),
+        # Were this head's end where the blank line in its body is, the next request would begin elsewhere.
+        pytest.param(
+            b"POST /short/known HTTP/1.1\nhost: here\ncontent-length: 6\n\nab\r\n\r\n",
+            id="line ends of another kind",
+        ),
+    ],
+)
+def test_heads_that_are_not_kept(sent: bytes) -> None:
+    async def check() -> None:
+        door = Door()
+        async with serving(door) as port:
+            for _ in range(3):
+                await exchange(port, sent)
+        assert door.at_once == []
+
+    asyncio.run(check())
+
+
+def test_a_request_sent_before_the_last_was_answered_waits_for_its_turn() -> None:
+    async def check() -> None:
+        later = request("/short/known/later", b"first")
+        async with serving(Door()) as port, connected(port) as (reader, writer):
+            for _ in range(3):
+                writer.write(later)
+                await asyncio.sleep(0.01)
+                writer.write(KNOWN)
+                assert (await read_answer(reader))[1] == b"/short/known/later? first"
+                assert (await read_answer(reader))[1] == b"/short/known?a=1 hello"
+
+    asyncio.run(check())
+
+
+def test_who_hangs_up_before_a_later_answer_harms_nobody() -> None:
+    async def check() -> None:
+        door = Door()
+        later = request("/short/known/later", b"x")
+        async with serving(door) as port:
+            for _ in range(3):
+                async with connected(port) as (reader, writer):
+                    writer.write(later)
+                    await read_answer(reader)
+                    writer.write(later)
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert (await exchange(port, KNOWN))[0][1] == b"/short/known?a=1 hello"
+        assert len(door.at_once) >= 3
+
+    asyncio.run(check())
+
+
+def test_no_more_heads_are_kept_than_there_is_room_for() -> None:
+    heads = Heads()
+    for number in range(MOST_HEADS + 10):
+        heads.keep(b"%d" % number, Head(number, 0))
+    assert heads.get(b"%d" % (MOST_HEADS + 9)) == Head(MOST_HEADS + 9, 0)
+    assert sum(heads.get(b"%d" % number) is not None for number in range(MOST_HEADS + 10)) <= MOST_HEADS

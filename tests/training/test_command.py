@@ -32,7 +32,7 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         pytest.param(["diget"], "invalid choice: 'diget'", id="unknown-model"),
         pytest.param([], "required: model", id="no-model"),
-        pytest.param(["digit", "--arch", "vgg"], "choose from cnn, mlp", id="unknown-architecture"),
+        pytest.param(["digit", "--arch", "vgg"], "choose from cnn, lean, mlp", id="unknown-architecture"),
         pytest.param(["digit", "--epochs", "0"], "whole number of at least 1", id="no-epochs"),
         pytest.param(
             ["digit", "--batch-size", "many"], "whole number of at least 1", id="batch-size-in-words"
