@@ -268,7 +268,7 @@ class MachinesQuestion(Question):
             if form is not None and form.size == len(body) - length:
                 return form.fill(body, length)
         head = read_json(text)
-        parameters = _parameters(head)
+        parameters = parameters_of(head)
         binary = memoryview(body)[len(text) :]
         tensors = _tensors(self.room, head, binary, max_inputs)
         inputs = open_inference.to_inputs(self.room, tensors, parameters)
@@ -373,7 +373,7 @@ def _tensors(room: Room, head: Mapping[str, Any], binary: memoryview, max_inputs
         if not isinstance(datatype, str) or not isinstance(one.get("shape"), list):
             raise BadInput(f'Input {name!r} must have a "datatype" and a "shape".')
         shape = open_inference.check_shape(name, one["shape"], max_inputs)
-        parameters = _parameters(one)
+        parameters = parameters_of(one)
         open_inference.refuse_shared_memory(parameters)
         size = parameters.get("binary_data_size")
         if size is None:
@@ -389,7 +389,8 @@ def _tensors(room: Room, head: Mapping[str, Any], binary: memoryview, max_inputs
     return tensors
 
 
-def _parameters(described: Mapping[str, Any]) -> dict[str, Any]:
+def parameters_of(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a request, a tensor or an output; none where they are no object."""
     parameters = described.get("parameters")
     return parameters if isinstance(parameters, dict) else {}
 
@@ -402,4 +403,4 @@ def _asked_outputs(head: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     for one in described:
         if not isinstance(one, dict) or not isinstance(one.get("name"), str):
             raise BadInput('Every output asked for must be an object with a "name".')
-    return [(one["name"], _parameters(one)) for one in described]
+    return [(one["name"], parameters_of(one)) for one in described]

@@ -359,7 +359,9 @@ class RestDoor:
             case ["repository", "models", name, "load" | "unload" as action]:
                 _must_be(request, "POST")
                 self._plane.check_admin_key(request.headers.get(b"authorization", b""))
-                open_inference.refuse_overrides(_parameters(await _optional_json(request, self._plane)))
+                open_inference.refuse_overrides(
+                    questions.parameters_of(await _optional_json(request, self._plane))
+                )
                 await (self._plane.load_model if action == "load" else self._plane.unload_model)(name)
                 return json_response({})
         raise NotFound("The Open Inference Protocol has no such path.")
@@ -439,8 +441,3 @@ async def _optional_json(request: Request, plane: DataPlane) -> dict[str, Any]:
 def _must_be(request: Request, method: str) -> None:
     if request.method != method:
         raise WrongMethod(f"This path answers {method}.", allow=method)
-
-
-def _parameters(described: dict[str, Any]) -> dict[str, Any]:
-    parameters = described.get("parameters")
-    return parameters if isinstance(parameters, dict) else {}
