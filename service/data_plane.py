@@ -277,33 +277,48 @@ class DataPlane:
         inputs: Sequence[Inputs],
         deadline: float | None,
         priority: Priority,
+        size: int,
         on_done: Callable[[Job], None],
-    ) -> None:
-        """Have inputs answered, without a task that waits for it; all are quick, and run on the event loop.
+    ) -> bool:
+        """Have a request answered without a task, where all goes well and nothing has to wait but its batch.
 
         Args:
             loaded: What `find` gave.
-            inputs: As `predict` takes them; `is_quick` of them.
+            inputs: As `predict` takes them.
             deadline: As for `predict`.
             priority: As for `predict`.
+            size: Of the request's body, as `enter` takes it.
             on_done: Called when the job has its rows, which `loaded.answers` makes answers of, or an
-                error. It raises nothing.
+                error; it must call `leave`, and raises nothing.
 
-        Raises:
-            BadInput: an input cannot be prepared.
-            Overloaded: the queue is full.
+        Returns:
+            Whether it will be; if not, nothing has happened, and `predict` knows what is wrong.
         """
-        self._admit(loaded, inputs)
         batcher = loaded.batcher
+        if not (batcher.is_inline and self.is_quick(loaded, inputs)):
+            return False
+        try:
+            self.enter(size)
+        except Overloaded:
+            return False
+        try:
+            self._admit(loaded, inputs)
+        except (BadInput, Overloaded):
+            self.leave(size)
+            return False
         started = time.perf_counter()
         try:
             samples = _prepare(loaded.room, inputs)
-        except BaseException:
+        except BaseException as error:
             batcher.release(len(inputs))
+            self.leave(size)
+            if isinstance(error, BadInput):
+                return False
             raise
         seconds = time.perf_counter() - started
         loaded.prepared(seconds, seconds)
         batcher.submit(batcher.job_type(samples, deadline, on_done), priority)
+        return True
 
     def _admit(self, loaded: LoadedModel, inputs: Sequence[Inputs]) -> None:
         count = len(inputs)

@@ -8,6 +8,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import isawaitable
 from typing import Any, Final
 
@@ -15,10 +16,12 @@ import numpy as np
 import structlog
 from google.protobuf import json_format
 
-from service import http2, open_inference
+from service import grpc_forms, http2, open_inference
+from service.batcher import Job
 from service.data_plane import OPEN_INFERENCE_GRPC, DataPlane, off_the_loop
 from service.errors import BadInput, InternalError, NotSupported, QuintetError
-from service.grpc_calls import Call, Method, Service
+from service.grpc_calls import Answered, Call, Method, Service, Tell
+from service.grpc_forms import Forms, Known
 from service.grpc_standard import Health, Reflection, read
 from service.loaded_model import LoadedModel
 from service.models.spec import Inputs, Room
@@ -63,6 +66,7 @@ class GrpcDoor:
 
     def __init__(self, plane: DataPlane) -> None:
         self._plane = plane
+        self._forms = Forms()
         self._health = Health([SERVICE], lambda: plane.is_ready)
         settings = plane.settings
         service = Service(
@@ -116,8 +120,12 @@ class GrpcDoor:
         }
         for name, call in admin_calls.items():
             methods[name] = self._plain(name, call, is_admin=True)
-        methods["ModelInfer"] = Method(self._infer, keeps_deadline=True)
-        methods["ModelStreamInfer"] = Method(self._stream_infer, is_stream=True, keeps_deadline=True)
+        methods["ModelInfer"] = Method(
+            self._infer, keeps_deadline=True, ask=partial(self._ask, lambda answer: answer)
+        )
+        methods["ModelStreamInfer"] = Method(
+            self._stream_infer, is_stream=True, keeps_deadline=True, ask=partial(self._ask, _in_stream)
+        )
         for name, words in NOT_SUPPORTED.items():
             methods[name] = self._not_supported(words)
         return {f"/{SERVICE}/{name}".encode(): method for name, method in methods.items()}
@@ -196,12 +204,7 @@ class GrpcDoor:
         self._plane.check_key(call.head.authorization)
         request, response, failure = await self._answered(call, message)
         if failure is not None:
-            whose = pb.ModelInferResponse(id=request.id) if request is not None else None
-            return bytes(
-                pb.ModelStreamInferResponse(
-                    error_message=failure.detail, infer_response=whose
-                ).SerializeToString()
-            )
+            return _failed_in_stream(failure, None if request is None else request.id)
         if _parameters(request).get("triton_enable_empty_final_response") is True:
             # Ours is the first response and the last; a stream's reader may wait for this mark.
             response.parameters["triton_final_response"].bool_param = True
@@ -241,6 +244,8 @@ class GrpcDoor:
                     name=output.tensor.name, datatype=output.tensor.datatype, shape=output.values.shape
                 )
                 response.raw_output_contents.append(open_inference.to_raw(output))
+            if loaded.batcher.is_inline:
+                self._forms.learn(message, request, loaded, inputs, wanted, response)
         except QuintetError as error:
             # A traceback holds this frame, and the frame the failure: a cycle for the garbage collector.
             failure = error.with_traceback(None)
@@ -257,6 +262,71 @@ class GrpcDoor:
                 request_id = request.id[:MAX_REQUEST_ID] if request is not None else ""
                 self._plane.measure(OPEN_INFERENCE_GRPC, loaded, started, failure, request_id)
         return request, response, failure
+
+    # ---- at once ----
+
+    def _ask(self, put: Callable[[Answered], Answered], call: Call, message: bytes, tell: Tell) -> bool:
+        """Answer an inference request of a known form without a task, where all goes well; else False.
+
+        Args:
+            put: Makes of an answer, or of what went wrong, what the method answers with.
+            call: Whose it is.
+            message: The request.
+            tell: Takes the answer, later.
+        """
+        started = time.perf_counter()
+        found = self._forms.find(message)
+        if found is None:
+            return False
+        known, start = found
+        try:
+            self._plane.check_key(call.head.authorization)
+            loaded = self._plane.find(known.model, known.version)
+        except QuintetError:
+            return False
+        if loaded.version != known.answered_by:
+            return False
+        inputs = known.form.fill(message, start).inputs
+        on_done = partial(self._done, put, known, loaded, started, tell)
+        return self._plane.ask(loaded, inputs, call.deadline, known.asked.priority, 0, on_done)
+
+    def _done(
+        self,
+        put: Callable[[Answered], Answered],
+        known: Known,
+        loaded: LoadedModel,
+        started: float,
+        tell: Tell,
+        job: Job,
+    ) -> None:
+        """Answer a request that `_ask` took."""
+        failure = job.error
+        try:
+            try:
+                answer: Answered = failure or known.told(loaded, loaded.answers(job))
+            except Exception:
+                answer = failure = InternalError()
+                log.exception("a call failed", id=failure.id)
+            self._plane.leave()
+            self._plane.measure(OPEN_INFERENCE_GRPC, loaded, started, failure)
+            tell(put(answer))
+        except Exception:
+            # Others of the same batch still wait for their answers.
+            log.exception("an answer could not be given")
+
+
+def _in_stream(answer: Answered) -> bytes:
+    """An answer, or what went wrong, as one of a stream's, for a request without a name."""
+    if isinstance(answer, QuintetError):
+        return _failed_in_stream(answer, "")
+    return grpc_forms.delimited(grpc_forms.IN_STREAM, answer)
+
+
+def _failed_in_stream(failure: QuintetError, request_id: str | None) -> bytes:
+    """What went wrong, told in the place of an answer; the request's name, if it could be read."""
+    whose = None if request_id is None else pb.ModelInferResponse(id=request_id)
+    response = pb.ModelStreamInferResponse(error_message=failure.detail, infer_response=whose)
+    return bytes(response.SerializeToString())
 
 
 def _inputs(room: Room, request: Any, parameters: dict[str, Any], limit: int) -> list[Inputs]:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from struct import Struct
 from typing import Final
 
@@ -110,6 +111,12 @@ def read_timeout(value: bytes) -> float:
     return int(digits) * unit
 
 
+Answered = bytes | QuintetError
+"""What came of a message."""
+
+Tell = Callable[[Answered], None]
+
+
 @dataclass(frozen=True)
 class Method:
     """One method of a service.
@@ -119,12 +126,16 @@ class Method:
         is_stream: Whether a call has any number of messages, each with its answer, rather than one.
         is_endless: Whether `answer` goes on, sending with `Call.send`, until the caller has had enough.
         keeps_deadline: Whether `answer` minds `Call.deadline` by itself.
+        ask: Answers a message without a task, later, and minds the deadline: it takes the call, the
+            message, and what is to be told the answer or the error. False where nothing has happened
+            and `answer` must be asked instead; None where that is always so.
     """
 
     answer: "Callable[[Call, bytes], Awaitable[bytes]]"
     is_stream: bool = False
     is_endless: bool = False
     keeps_deadline: bool = False
+    ask: "Callable[[Call, bytes, Tell], bool] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +256,7 @@ class Call(Stream):
 
     __slots__ = (
         "_answer_held", "_arrived", "_has_started", "_held", "_is_booked", "_is_over", "_is_sent_away",
-        "_is_whole", "_partial", "_service", "_task", "_turns", "deadline", "head", "more",
+        "_is_under_way", "_is_whole", "_partial", "_service", "_task", "_turns", "deadline", "head", "more",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, number: int, service: Service, head: Head) -> None:
@@ -264,6 +275,7 @@ class Call(Stream):
         self._is_booked = False
         self._is_over = False
         self._is_sent_away = False
+        self._is_under_way = False
         self._is_whole = False
         self._partial: bytearray | None = None
         self._task: asyncio.Task[None] | None = None
@@ -305,7 +317,7 @@ class Call(Stream):
     def _take(self, data: bytes, is_compressed: bool, is_last: bool) -> bool:
         """Begin with a message that has come whole and alone; False where it cannot begin now."""
         if not self.head.method.is_stream:
-            if not is_last or self._task is not None:
+            if not is_last or self._is_under_way:
                 return False
             self._is_whole = True
             self._begin(data[PREFIX.size :], is_compressed)
@@ -386,8 +398,8 @@ class Call(Stream):
         if self._is_over:
             return
         # A message that is being answered minds the deadline by itself; a row of them may go on for ever.
-        is_sending = bool(self._partial) or (self._task is None and not self.head.method.is_stream)
-        if self.deadline is not None and now > self.deadline and self._task is None:
+        is_sending = bool(self._partial) or not (self._is_under_way or self.head.method.is_stream)
+        if self.deadline is not None and now > self.deadline and not self._is_under_way:
             self.fail(DeadlineExceeded("The deadline passed before the call was over; allow more time."))
         elif is_sending and not self.is_paused and now - self._arrived > BODY_SECONDS:
             self.fail(DeadlineExceeded(f"The message took more than {BODY_SECONDS} s; send it faster."))
@@ -404,22 +416,48 @@ class Call(Stream):
     # ---- one message, one answer ----
 
     def _begin(self, message: bytes, is_compressed: bool) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(message, is_compressed))
+        self._is_under_way = True
+        if not self._is_asked(message, is_compressed, self._tell):
+            self._task = asyncio.get_running_loop().create_task(self._run(message, is_compressed))
+
+    def _is_asked(self, message: bytes, is_compressed: bool, tell: Tell) -> bool:
+        """Whether a message will be answered without a task."""
+        head = self.head
+        ask = head.method.ask
+        if ask is None or is_compressed or head.coding is not None:
+            return False
+        return ask(self, message, partial(self._told, tell))
+
+    @staticmethod
+    def _told(tell: Tell, answer: Answered) -> None:
+        tell(answer if isinstance(answer, QuintetError) else PREFIX.pack(0, len(answer)) + answer)
 
     async def _run(self, message: bytes, is_compressed: bool) -> None:
         try:
-            framed = await self._answered(message, is_compressed)
-            self._task = None
-            if self._is_over:
-                return
+            answer: Answered = await self._answered(message, is_compressed)
+        except QuintetError as error:
+            # A traceback holds this frame, and the frame the error: a cycle for the garbage collector.
+            answer = error.with_traceback(None)
+        self._task = None
+        self._tell(answer)
+
+    def _tell(self, framed: Answered) -> None:
+        """Send the one answer, framed, or the error in its place."""
+        self._is_under_way = False
+        if self._is_over:
+            return
+        if isinstance(framed, QuintetError):
+            self.fail(framed)
+            return
+        try:
             if not self.fits(len(framed)):
                 self._hold(len(framed))
-            coding = self.head.coding
-            self._is_over = True
-            self.answer(HEADERS if coding is None else HEADERS_BY_CODING[coding], framed, OK + self.more)
-        except QuintetError as error:
-            self._task = None
+        except Overloaded as error:
             self.fail(error)
+            return
+        coding = self.head.coding
+        self._is_over = True
+        self.answer(HEADERS if coding is None else HEADERS_BY_CODING[coding], framed, OK + self.more)
 
     async def _answered(self, message: bytes, is_compressed: bool) -> bytes:
         """The answer to a message, framed.
@@ -469,16 +507,22 @@ class Call(Stream):
         turn = _Turn(len(message) + PREFIX.size)
         self._held -= turn.held
         self._turns.append(turn)
-        turn.task = asyncio.get_running_loop().create_task(self._run_turn(turn, message, is_compressed))
+        if not self._is_asked(message, is_compressed, partial(self._end_turn, turn)):
+            turn.task = asyncio.get_running_loop().create_task(self._run_turn(turn, message, is_compressed))
         if len(self._turns) >= AHEAD:
             self.pause()
 
     async def _run_turn(self, turn: _Turn, message: bytes, is_compressed: bool) -> None:
         try:
-            turn.answer = await self._answered(message, is_compressed)
+            answer: Answered = await self._answered(message, is_compressed)
         except QuintetError as error:
-            turn.answer = error
+            # A traceback holds this frame, and the frame the error: a cycle for the garbage collector.
+            answer = error.with_traceback(None)
         turn.task = None
+        self._end_turn(turn, answer)
+
+    def _end_turn(self, turn: _Turn, framed: Answered) -> None:
+        turn.answer = framed
         # Not at once: the answers of one batch leave together.
         if not self._is_booked and not self._is_over and turn is self._turns[0]:
             self._is_booked = True

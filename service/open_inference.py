@@ -275,10 +275,10 @@ def to_outputs(
 
     Unequal lengths (boxes of several pictures) are filled up with -1 for whole numbers and 0 else.
     """
-    rows = [answer.as_tensors() for answer in answers]
     outputs = []
     for one in wanted:
-        column = _column(one.tensor, [row[one.tensor.name] for row in rows])
+        name = one.tensor.name
+        column = _column(one.tensor, [answer.as_tensor(name) for answer in answers])
         if one.classes:
             output = OutputTensor(Tensor(one.tensor.name, "BYTES"), _classes(room, column, one.classes))
         else:

@@ -209,21 +209,10 @@ class RestDoor:
             if not loaded.batcher.is_inline or len(body) > plane.settings.max_body_bytes:
                 return False
             asked = question.read(body, plane.settings.max_inputs)
-            if not plane.is_quick(loaded, asked.inputs):
-                return False
-            plane.enter(len(body))
         except QuintetError:
             return False
         on_done = partial(self._done, question, loaded, asked, started, len(body), reply)
-        try:
-            plane.ask(loaded, asked.inputs, asked.deadline(started), asked.priority, on_done)
-        except QuintetError:
-            plane.leave(len(body))
-            return False
-        except BaseException:
-            plane.leave(len(body))
-            raise
-        return True
+        return plane.ask(loaded, asked.inputs, asked.deadline(started), asked.priority, len(body), on_done)
 
     def _done(
         self,

@@ -31,7 +31,7 @@ from service.batcher import Batcher, Job, Ran, Slot
 from service.data_plane import DataPlane
 from service.errors import QuintetError
 from service.grpc_api import GrpcDoor
-from service.grpc_calls import Call
+from service.grpc_calls import Answered, Call, Tell
 from service.http import Request, Response
 from service.http2 import literal
 from service.metrics import Board
@@ -255,6 +255,10 @@ class TracedGrpcDoor(GrpcDoor):
     def __init__(self, plane: DataPlane, tracer: Tracer) -> None:
         super().__init__(plane)
         self._tracer = tracer
+
+    def _ask(self, put: Callable[[Answered], Answered], call: Call, message: bytes, tell: Tell) -> bool:
+        """False: every request has a span, which begins before it is read."""
+        return False
 
     async def _answered(self, call: Call, message: bytes) -> tuple[Any, Any, QuintetError | None]:
         headers = call.head.headers

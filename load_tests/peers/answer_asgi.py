@@ -48,7 +48,7 @@ class Answering:
         (described,) = orjson.loads(body[:length])["inputs"]
         pixels = np.frombuffer(body, self._dtype, offset=length).reshape(described["shape"])
         sample = self._room.to_tensor({"pixels": pixels[0]})
-        probabilities = self._room.to_answer(self._row, sample).as_tensors()["probabilities"]
+        probabilities = self._room.to_answer(self._row, sample).as_tensor("probabilities")
         output = {
             "name": "probabilities",
             "datatype": "FP32",

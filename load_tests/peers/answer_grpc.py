@@ -29,7 +29,7 @@ class Answering:
         """Read one request and answer."""
         pixels = np.frombuffer(request.raw_input_contents[0], self._dtype).reshape(request.inputs[0].shape)
         sample = self._room.to_tensor({"pixels": pixels[0]})
-        probabilities = self._room.to_answer(self._row, sample).as_tensors()["probabilities"]
+        probabilities = self._room.to_answer(self._row, sample).as_tensor("probabilities")
         response = pb.ModelInferResponse(
             model_name=self._room.name, model_version=self._version, id=request.id
         )

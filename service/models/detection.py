@@ -151,14 +151,9 @@ class Detections:
             ],
         }
 
-    def as_tensors(self) -> dict[str, Any]:
-        """`boxes` [m, 4], `confidence` [m], `label` [m] and their `count`."""
-        return {
-            "boxes": self.boxes,
-            "confidence": self.confidence,
-            "label": self.label,
-            "count": np.int64(len(self.label)),
-        }
+    def as_tensor(self, name: str) -> Any:
+        """`boxes` [m, 4], `confidence` [m], `label` [m] or their `count`."""
+        return np.int64(len(self.label)) if name == "count" else getattr(self, name)
 
 
 def to_tensor(inputs: Inputs) -> Sample:

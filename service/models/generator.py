@@ -95,9 +95,9 @@ class Picture:
             "image": base64.b64encode(_png(self.pixels)).decode(),
         }
 
-    def as_tensors(self) -> dict[str, Any]:
+    def as_tensor(self, name: str) -> Pixels:
         """`pixels`, uint8 [28, 28]."""
-        return {"pixels": self.pixels}
+        return self.pixels
 
 
 def to_answer(row: Sequence[Array], sample: Sample) -> Picture:

@@ -69,8 +69,8 @@ class Answer(Protocol):
     def as_json(self) -> dict[str, Any]:
         """The prediction for people, as the REST calls give it."""
 
-    def as_tensors(self) -> dict[str, Any]:
-        """The prediction for machines: output tensor name to its value, without the batch axis."""
+    def as_tensor(self, name: str) -> Any:
+        """The prediction for machines: the value of one of the room's outputs, without the batch axis."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,6 @@ class Classification:
             "probabilities": dict(zip(self.labels, values, strict=True)),
         }
 
-    def as_tensors(self) -> dict[str, Any]:
-        """`label` as UTF-8 bytes and `probabilities` as float32 [labels]."""
-        return {"label": self.label.encode(), "probabilities": self.probabilities}
+    def as_tensor(self, name: str) -> Any:
+        """`label` as UTF-8 bytes, or `probabilities` as float32 [labels]."""
+        return self.label.encode() if name == "label" else self.probabilities

@@ -181,8 +181,7 @@ def test_padding_is_never_an_object() -> None:
     picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     found = answer(picture, [], min_confidence=0.0)
     assert found.as_json() == {"width": WIDTH, "height": HEIGHT, "objects": []}
-    tensors = found.as_tensors()
-    assert {name: np.shape(value) for name, value in tensors.items()} == {
+    assert {tensor.name: np.shape(found.as_tensor(tensor.name)) for tensor in DETECTION.outputs} == {
         "boxes": (0, 4),
         "confidence": (0,),
         "label": (0,),
@@ -191,14 +190,13 @@ def test_padding_is_never_an_object() -> None:
 
 
 def test_tensors_have_the_types_that_the_room_promises() -> None:
-    tensors = answer(np.zeros((90, 120, 3), np.uint8), [(2, 0.7, (10, 10, 40, 40))]).as_tensors()
-    assert set(tensors) == {tensor.name for tensor in DETECTION.outputs}
+    found = answer(np.zeros((90, 120, 3), np.uint8), [(2, 0.7, (10, 10, 40, 40))])
     for tensor in DETECTION.outputs:
-        value = np.asarray(tensors[tensor.name])
+        value = np.asarray(found.as_tensor(tensor.name))
         assert value.dtype == tensor.dtype
         assert len(value.shape) == len(tensor.shape)
-    assert int(tensors["count"]) == 1
-    assert tensors["confidence"][0] >= LEAST_CONFIDENCE
+    assert int(found.as_tensor("count")) == 1
+    assert found.as_tensor("confidence")[0] >= LEAST_CONFIDENCE
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (20, 16), (1, 1), (5000, 40)])

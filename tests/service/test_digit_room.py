@@ -161,7 +161,7 @@ def test_the_answer_names_the_likeliest_digit() -> None:
     probabilities[7] = 0.91
     answer = DIGIT.to_answer((probabilities,), DIGIT.to_tensor({"pixels": np.zeros((28, 28), np.uint8)}))
     assert answer.as_json()["label"] == "7"
-    assert answer.as_tensors()["label"] == b"7"
+    assert answer.as_tensor("label") == b"7"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,17 @@ import pytest
 
 from service import http2
 from service.errors import BadInput, Overloaded, QuintetError
-from service.grpc_calls import AHEAD, Call, Method, Service, Status, percent_encoded, read_timeout
+from service.grpc_calls import (
+    AHEAD,
+    Answered,
+    Call,
+    Method,
+    Service,
+    Status,
+    Tell,
+    percent_encoded,
+    read_timeout,
+)
 from service.http2 import Limits
 
 from .wire import Fields, Wire, connected, serving, settings
@@ -58,6 +68,7 @@ class Ledger:
         self.most_allowed = 1 << 30
         self.started = 0
         self.cancelled = 0
+        self.asked = 0
         self.gate = asyncio.Event()
         methods = {
             "Echo": Method(self.echo),
@@ -69,6 +80,8 @@ class Ledger:
             "ZerosRow": Method(self.zeros, is_stream=True),
             "Wrong": Method(self.wrong),
             "Broken": Method(self.broken),
+            "Asked": Method(self.echo, ask=self.ask),
+            "AskedRow": Method(self.echo, is_stream=True, ask=self.ask),
         }
         self.service = Service(
             {f"/test.Service/{name}".encode(): method for name, method in methods.items()},
@@ -110,6 +123,15 @@ class Ledger:
 
     async def broken(self, call: Call, content: bytes) -> bytes:
         raise RuntimeError("a secret of ours")
+
+    def ask(self, call: Call, content: bytes, tell: Tell) -> bool:
+        """Without a task: an echo in a little while, the longer the shorter; not of what is long, or `no`."""
+        if content == b"no" or len(content) > 1000:
+            return False
+        self.asked += 1
+        answer: Answered = BadInput("as you wish") if content == b"fail" else content
+        asyncio.get_running_loop().call_later(0.02 / (1 + len(content)), tell, answer)
+        return True
 
 
 @pytest.fixture
@@ -195,6 +217,60 @@ async def test_no_more_than_so_many_of_a_row_are_under_way(wire: Wire, ledger: L
     assert ledger.started == AHEAD
     ledger.gate.set()
     assert messages_in((await wire.answer(1))[1]) == contents
+
+
+# ---- messages that are answered without a task ----
+
+
+async def test_a_message_is_answered_without_a_task_where_the_method_can(wire: Wire, ledger: Ledger) -> None:
+    for number, content in enumerate([b"", b"good day", b"no", bytes(2000), b"again"]):
+        head, body = await ask(wire, fields("Asked"), message(content), 1 + 2 * number)
+        assert (head["grpc-status"], messages_in(body)) == ("0", [content])
+    assert ledger.asked == 3
+
+
+async def test_a_row_is_answered_in_order_by_tasks_and_without(wire: Wire, ledger: Ledger) -> None:
+    contents = [b"no" if number % 3 == 1 else bytes(number) for number in range(2 * AHEAD)]
+    wire.headers(1, fields("AskedRow"))
+    for content in contents:
+        wire.data(1, message(content))
+    wire.data(1, b"", is_last=True)
+    assert messages_in((await wire.answer(1))[1]) == contents
+    assert ledger.asked == sum(content != b"no" for content in contents)
+
+
+@pytest.mark.parametrize("method", ["Asked", "AskedRow"])
+async def test_a_failure_without_a_task_is_told(wire: Wire, method: str) -> None:
+    head, body = await ask(wire, fields(method), message(b"fail"))
+    assert (head["grpc-status"], head["grpc-message"], body) == (
+        str(Status.INVALID_ARGUMENT),
+        "as you wish",
+        b"",
+    )
+
+
+async def test_a_second_message_of_a_single_call_is_refused_without_a_task_too(wire: Wire) -> None:
+    wire.headers(1, fields("Asked"))
+    wire.data(1, message(b"one"))
+    wire.data(1, message(b"two"), is_last=True)
+    assert (await wire.answer(1))[0]["grpc-status"] == str(Status.INVALID_ARGUMENT)
+
+
+@pytest.mark.parametrize("method", ["Asked", "AskedRow"])
+async def test_compressed_messages_have_a_task(wire: Wire, ledger: Ledger, method: str) -> None:
+    head = fields(method, grpc_encoding="gzip")
+    assert messages_in((await ask(wire, head, message(gzip.compress(b"x"), flag=1)))[1]) == [b"x"]
+    assert messages_in((await ask(wire, head, message(b"y"), 3))[1]) == [b"y"]
+    assert ledger.asked == 0
+
+
+@pytest.mark.parametrize("method", ["Asked", "AskedRow"])
+async def test_nobody_is_there_for_an_answer_without_a_task(wire: Wire, ledger: Ledger, method: str) -> None:
+    wire.headers(1, fields(method))
+    wire.data(1, message(b""), is_last=method == "Asked")
+    wire.send(http2.RST_STREAM, 0, 1, struct.pack(">I", http2.CANCEL))
+    assert messages_in((await ask(wire, fields(method), message(b""), 3))[1]) == [b""]
+    assert ledger.asked == 2
 
 
 # ---- compression ----

@@ -272,7 +272,7 @@ def test_the_likeliest_label_is_the_answer() -> None:
     assert answer.as_json()["label"] == "cat"
     assert answer.as_json()["confidence"] == pytest.approx(0.82)
     assert list(answer.as_json()["probabilities"]) == list(LABELS)
-    assert answer.as_tensors()["label"] == b"cat"
+    assert answer.as_tensor("label") == b"cat"
 
 
 def test_small_pictures_and_pixels_are_quick() -> None:

@@ -132,7 +132,7 @@ def test_an_answer_names_the_likelier_label() -> None:
         "confidence": 0.75,
         "probabilities": {"negative": 0.25, "positive": 0.75},
     }
-    assert answer.as_tensors()["label"] == b"positive"
+    assert answer.as_tensor("label") == b"positive"
 
 
 def test_only_short_texts_are_prepared_on_the_event_loop() -> None:
