@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, grid_sample, interpolate, max_pool2d
+from torch.nn.functional import cross_entropy, grid_sample, interpolate, max_pool2d, one_hot
 
 from service.errors import NotFound
 from service.models.digit import DIGIT, LABELS, SIDE
@@ -337,8 +337,8 @@ class _Ink(nn.Module):
         return (pixels.float() / 255).unsqueeze(1)
 
 
-def lean(first: int = 24, middle: int = 48, last: int = 96) -> nn.Module:
-    """A fifth of the small residual network's work: all but the first layer see 7x7 pixels at most."""
+def lean(first: int = 32, middle: int = 64, last: int = 128) -> nn.Module:
+    """A third of the small residual network's work: all but the first layer see 7x7 pixels at most."""
     return nn.Sequential(
         _Ink(),
         nn.Conv2d(1, first, 5, stride=2, padding=2, bias=False),
@@ -375,7 +375,7 @@ class Teacher:
 
     Its probabilities say more than a label does: which other digit a picture nearly is, and that a
     distortion has spoilt it (Hinton, Vinyals and Dean, *Distilling the Knowledge in a Neural
-    Network*, 2015). Whatever it is shown, the pupil is shown, and for long (Beyer et al.,
+    Network*, 2015; the label is heard beside them, as there). Whatever it is shown, the pupil is shown, and for long (Beyer et al.,
     *Knowledge Distillation: A Good Teacher Is Patient and Consistent*, 2022).
 
     Attributes:
@@ -513,6 +513,8 @@ QUANTISATION_DIGITS = 1024
 LABEL_SMOOTHING = 0.05
 SOFTNESS = 2.0
 """The temperature at which a pupil hears its teacher: at 1 there is little but the label."""
+LABEL_SHARE = 0.3
+"""Of what a pupil hears beside its teacher, who is wrong now and then."""
 SMALLEST_DOUBT = 1e-12
 AVERAGE_DECAY = 0.999
 CALM_FROM = 0.7
@@ -578,7 +580,11 @@ def train(run: fit.Run) -> dict[str, Any]:
             chosen = indices.to(device)
             calm = max(0.0, (progress - CALM_FROM) / (1 - CALM_FROM))
             distorted = distort(pixels[chosen].float(), Distortion().scaled(1 - calm * (1 - CALMEST)))
-            return distorted, teacher.answers(distorted) if teacher else digits[chosen]
+            right = digits[chosen]
+            if teacher is None:
+                return distorted, right
+            certain = one_hot(right, len(LABELS)).float()
+            return distorted, teacher.answers(distorted).lerp(certain, LABEL_SHARE)
 
         def score() -> dict[str, float]:
             right = predict(reader.averaged, test_pixels) == test_digits
