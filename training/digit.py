@@ -375,8 +375,9 @@ class Teacher:
 
     Its probabilities say more than a label does: which other digit a picture nearly is, and that a
     distortion has spoilt it (Hinton, Vinyals and Dean, *Distilling the Knowledge in a Neural
-    Network*, 2015; the label is heard beside them, as there). Whatever it is shown, the pupil is shown, and for long (Beyer et al.,
-    *Knowledge Distillation: A Good Teacher Is Patient and Consistent*, 2022).
+    Network*, 2015; as there, the label is heard beside them). Whatever it is shown, the pupil is
+    shown, and for long (Beyer et al., *Knowledge Distillation: A Good Teacher Is Patient and
+    Consistent*, 2022).
 
     Attributes:
         network: Takes pixels uint8 [n, 28, 28], gives probabilities float32 [n, 10].
