@@ -83,9 +83,18 @@ def rate(one: Measurement) -> float:
     return one.inputs_per_second
 
 
+def sound(rounds: Sequence[Measurement]) -> list[Measurement]:
+    """The rounds without problems."""
+    return [one for one in rounds if not one.problems]
+
+
 def is_valid(rounds: Sequence[Measurement]) -> bool:
-    """Whether a row was measured, without problems."""
-    return bool(rounds) and not any(one.problems for one in rounds)
+    """Whether a row was measured: without problems, or in enough rounds without.
+
+    Some servers break now and then under a load; what they do while they live is known all the same.
+    """
+    count = len(sound(rounds))
+    return 0 < count == len(rounds) or count >= AGREEING_ROUNDS
 
 
 def by_round(results: Results, names: Sequence[str], figure: Callable[..., float]) -> Spread | None:
@@ -97,13 +106,14 @@ def by_round(results: Results, names: Sequence[str], figure: Callable[..., float
         figure: What to make of them.
 
     Returns:
-        None where one of the rows was not measured, or with problems.
+        None where one of the rows was not measured, or never together with the others.
     """
     rounds = [results.get(name, []) for name in names]
     if not all(map(is_valid, rounds)):
         return None
     # A row that others have outlived was not the best of its kind; it has the first rounds only.
-    return Spread.of([figure(*ones) for ones in zip(*rounds, strict=False)])
+    together = [ones for ones in zip(*rounds, strict=False) if len(sound(ones)) == len(ones)]
+    return Spread.of([figure(*ones) for ones in together]) if together else None
 
 
 def best(results: Results, names: Sequence[str]) -> str | None:
@@ -114,12 +124,12 @@ def best(results: Results, names: Sequence[str]) -> str | None:
     longest = max(len(results[name]) for name in valid)
     return max(
         (name for name in valid if len(results[name]) == longest),
-        key=lambda name: median(map(rate, results[name])),
+        key=lambda name: median(map(rate, sound(results[name]))),
     )
 
 
 def spread_of_last(rounds: Sequence[Measurement]) -> float:
     """How far the last rounds of a row lie apart, as a share of their median."""
-    rates = [rate(one) for one in rounds[-AGREEING_ROUNDS:]]
+    rates = [rate(one) for one in sound(rounds)[-AGREEING_ROUNDS:]]
     middle = median(rates)
     return (max(rates) - min(rates)) / middle if middle else 0.0

@@ -28,6 +28,7 @@ from load_tests.measurement import (
     by_round,
     is_valid,
     rate,
+    sound,
     spread_of_last,
 )
 from load_tests.scenarios import Scenario, Section
@@ -76,8 +77,13 @@ class Outcome:
         return {name: spread for name, spread in spreads.items() if spread > widest[name]}
 
     def invalid(self) -> list[str]:
-        """The rows with wrong answers or errors."""
-        return [name for name, rounds in self.results.items() if rounds and not is_valid(rounds)]
+        """The rows with wrong answers or errors: of ours in any round, of peers' in too many."""
+        peers = {row.name for row in self.section.rows if row.server.peer}
+        return [
+            name
+            for name, rounds in self.results.items()
+            if rounds and (not is_valid(rounds) or (name not in peers and len(sound(rounds)) < len(rounds)))
+        ]
 
 
 def surroundings(models: Path) -> dict[str, Any]:
@@ -173,9 +179,9 @@ def _row(outcome: Outcome, scenario: Scenario) -> tuple[str, ...]:
     blank = [""] * (len(HEADINGS) - len(head) - 1)
     if scenario.name in outcome.absent:
         return (*head, *blank, f"NOT MEASURED: {outcome.absent[scenario.name]}")
-    problems = dict.fromkeys(problem for one in rounds for problem in one.problems)
-    if problems or not rounds:
-        return (*head, *blank, f"INVALID: {'; '.join(problems)}" if problems else "NOT MEASURED")
+    problems = "; ".join(dict.fromkeys(problem for one in rounds for problem in one.problems))
+    if scenario.name in outcome.invalid() or not rounds:
+        return (*head, *blank, f"INVALID: {problems}" if problems else "NOT MEASURED")
     share = None
     if outcome.section.yardstick:
         names = (scenario.name, outcome.section.yardstick)
@@ -188,6 +194,9 @@ def _row(outcome: Outcome, scenario: Scenario) -> tuple[str, ...]:
     notes = [outcome.notes.get(scenario.name, "")]
     if len(rounds) < max(map(len, outcome.results.values())):
         notes.append("not the best of its kind, 1 round")
+    if problems:
+        notes.append(f"broke in {len(rounds) - len(sound(rounds))} of {len(rounds)} rounds: {problems}")
+    rounds = sound(rounds)
     return (
         *head,
         Spread.of([rate(one) for one in rounds]).text(",.0f"),
@@ -365,7 +374,7 @@ def _plot(path: Path, outcome: Outcome) -> bool:
         figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4), squeeze=False)
         for axis, (unit, points) in zip(axes[0], curves.items(), strict=True):
             there = [(name, amount) for name, amount in points if name in measured]
-            spreads = [Spread.of([rate(one) for one in measured[name]]) for name, _ in there]
+            spreads = [Spread.of([rate(one) for one in sound(measured[name])]) for name, _ in there]
             amounts = [amount for _, amount in there]
             axis.plot(amounts, [spread.median for spread in spreads], marker="o")
             axis.fill_between(
@@ -378,7 +387,7 @@ def _plot(path: Path, outcome: Outcome) -> bool:
     else:
         figure, axis = pyplot.subplots(figsize=(9, 0.8 + 0.35 * len(measured)))
         names = [row.name for row in outcome.section.rows if row.name in measured][::-1]
-        spreads = [Spread.of([rate(one) for one in measured[name]]) for name in names]
+        spreads = [Spread.of([rate(one) for one in sound(measured[name])]) for name in names]
         middles = [spread.median for spread in spreads]
         around = [
             [spread.median - spread.least for spread in spreads],

@@ -16,6 +16,9 @@ HOST: Final = "127.0.0.1"
 PEERS: Final = Path(__file__).with_name("peers")
 CONNECTIONS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 INPUTS: Final = (1, 2, 4, 8, 16, 32, 64)
+STREAMS: Final = 8
+"""At a time. Triton's server ends under more of them in nearly every round, and under these in some."""
+
 OPEN_SHARE: Final = 0.7
 """Of what a closed loop gets, the rate at which requests come by themselves."""
 
@@ -284,9 +287,12 @@ def grpc(workers: int) -> Section:
     ours, call, stream = quintet(workers), payloads.grpc_call(), payloads.grpc_stream()
     limit = Scenario(onnxruntime(workers, "digit"), payloads.pictures("digit"))
     answer = Scenario(answering_grpc(workers), call)
-    mine, streaming = Scenario(ours, call), Scenario(ours, stream)
+    mine, streaming = Scenario(ours, call), Scenario(ours, stream, connections=STREAMS)
     theirs = [Scenario(triton(count), call, choice="triton") for count in _counts(workers)]
-    streams = [Scenario(triton(count), stream, choice="triton stream") for count in _counts(workers)]
+    streams = [
+        Scenario(triton(count), stream, connections=STREAMS, choice="triton stream")
+        for count in _counts(workers)
+    ]
     # Both payloads of one Triton side by side, so that it is started once for both.
     rivals = [row for pair in zip(theirs, streams, strict=True) for row in pair]
     return Section(

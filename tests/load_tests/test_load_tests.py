@@ -14,14 +14,14 @@ import numpy as np
 import psutil
 import pytest
 
-from load_tests import claims, payloads
+from load_tests import claims, payloads, report
 from load_tests.claims import Verdict
 from load_tests.generators import ProgramMissing, arrive, require
 from load_tests.limit import Way, open_network
 from load_tests.measurement import Measurement, Results, best
 from load_tests.peers import environments
 from load_tests.report import Outcome
-from load_tests.scenarios import Scenario, Section, quintet, sections
+from load_tests.scenarios import Scenario, Section, Server, quintet, sections, triton
 from load_tests.tune import Choice, gain, search, write
 from service.models import MODELS
 from service.models.digit import DIGIT
@@ -169,6 +169,18 @@ def test_an_invalid_row_meets_no_target_and_misses_none() -> None:
     assert not verdict.is_missed
 
 
+def test_a_row_that_broke_now_and_then_is_judged_by_the_rounds_it_lived_through() -> None:
+    broken = measured(0, "the server ended")
+    ours = [measured(30), measured(50), measured(70), measured(90)]
+    theirs = [measured(10), broken, measured(10), measured(10)]
+    assert best({"them": theirs, "others": [measured(9)] * 4}, ["them", "others"]) == "them"
+    verdict = judged(claims.times("", "us", ["them"], 5), {"us": ours, "them": theirs})
+    assert verdict.found is not None
+    assert (verdict.found.least, verdict.found.median, verdict.found.most) == (3, 7, 9)
+    too_often = [*theirs[:3], broken]
+    assert judged(claims.times("", "us", ["them"], 5), {"us": ours, "them": too_often}).found is None
+
+
 def test_the_limit_is_what_the_parts_take_one_after_another() -> None:
     # 1 ms for the one part and 3 ms for the other: 250 a second at best.
     results = {"us": [measured(225)], "answer": [measured(1000)], "run": [measured(1000 / 3)]}
@@ -217,6 +229,18 @@ def test_a_peer_may_run_less_evenly_than_the_service() -> None:
     section = Section("one", "One", (row,))
     assert not Outcome(section, {row.name: [measured(100), measured(100), measured(120)]}).unsteady()
     assert Outcome(section, {row.name: [measured(100), measured(100), measured(130)]}).unsteady()
+
+
+@pytest.mark.parametrize(
+    ("server", "is_invalid"), [(quintet(1), True), (triton(1), False)], ids=["ours", "a peer"]
+)
+def test_only_a_peer_may_break_now_and_then(server: Server, *, is_invalid: bool) -> None:
+    row = Scenario(server, payloads.binary_tensor())
+    rounds = [measured(100), measured(0, "the server ended"), measured(100), measured(101)]
+    outcome = Outcome(Section("one", "One", (row,)), {row.name: rounds})
+    assert outcome.invalid() == ([row.name] if is_invalid else [])
+    note = report.rows(outcome)[0][-1]
+    assert note == ("INVALID: the server ended" if is_invalid else "broke in 1 of 4 rounds: the server ended")
 
 
 def test_every_row_of_a_section_has_a_name_of_its_own() -> None:
