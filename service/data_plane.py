@@ -279,7 +279,7 @@ class DataPlane:
         priority: Priority,
         size: int,
         on_done: Callable[[Job], None],
-    ) -> bool:
+    ) -> Job | None:
         """Have a request answered without a task, where all goes well and nothing has to wait but its batch.
 
         Args:
@@ -289,36 +289,36 @@ class DataPlane:
             priority: As for `predict`.
             size: Of the request's body, as `enter` takes it.
             on_done: Called when the job has its rows, which `loaded.answers` makes answers of, or an
-                error; it must call `leave`, and raises nothing.
+                error; it must call `leave`, and raises nothing. Never called of a job that was given
+                up: whoever does that must call `leave`.
 
         Returns:
-            Whether it will be; if not, nothing has happened, and `predict` knows what is wrong.
+            The job; None where there is none: then nothing has happened, and `predict` knows what is wrong.
         """
         batcher = loaded.batcher
         if not (batcher.is_inline and self.is_quick(loaded, inputs)):
-            return False
+            return None
         try:
             self.enter(size)
         except Overloaded:
-            return False
+            return None
         try:
             self._admit(loaded, inputs)
         except (BadInput, Overloaded):
             self.leave(size)
-            return False
+            return None
         started = time.perf_counter()
         try:
             samples = _prepare(loaded.room, inputs)
-        except BaseException as error:
+        except Exception:
             batcher.release(len(inputs))
             self.leave(size)
-            if isinstance(error, BadInput):
-                return False
-            raise
+            return None
         seconds = time.perf_counter() - started
         loaded.prepared(seconds, seconds)
-        batcher.submit(batcher.job_type(samples, deadline, on_done), priority)
-        return True
+        job = batcher.job_type(samples, deadline, on_done)
+        batcher.submit(job, priority)
+        return job
 
     def _admit(self, loaded: LoadedModel, inputs: Sequence[Inputs]) -> None:
         count = len(inputs)
@@ -402,6 +402,20 @@ class DataPlane:
 
         Of a share of them the log has a line: who asked for what is in it, what they sent is not.
         """
+        try:
+            self._count(protocol, loaded, started, error, request_id)
+        except Exception:
+            # A full disk under the metrics, say: whoever asked has an answer all the same.
+            log.exception("a request could not be counted")
+
+    def _count(
+        self,
+        protocol: str,
+        loaded: LoadedModel | None,
+        started: float,
+        error: QuintetError | None,
+        request_id: str,
+    ) -> None:
         model, version = (loaded.room.name, loaded.version) if loaded else ("none", "none")
         outcome = str(int(error.status)) if error else "ok"
         requests, request_seconds = self._meters_of(model, version, protocol, outcome)

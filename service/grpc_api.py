@@ -20,7 +20,7 @@ from service import grpc_forms, http2, open_inference
 from service.batcher import Job
 from service.data_plane import OPEN_INFERENCE_GRPC, DataPlane, off_the_loop
 from service.errors import BadInput, InternalError, NotSupported, QuintetError
-from service.grpc_calls import Answered, Call, Method, Service, Tell
+from service.grpc_calls import Answered, Call, GiveUp, Method, Service, Tell
 from service.grpc_forms import Forms, Known
 from service.grpc_standard import Health, Reflection, read
 from service.loaded_model import LoadedModel
@@ -265,8 +265,10 @@ class GrpcDoor:
 
     # ---- at once ----
 
-    def _ask(self, put: Callable[[Answered], Answered], call: Call, message: bytes, tell: Tell) -> bool:
-        """Answer an inference request of a known form without a task, where all goes well; else False.
+    def _ask(
+        self, put: Callable[[Answered], Answered], call: Call, message: bytes, tell: Tell
+    ) -> GiveUp | None:
+        """Answer an inference request of a known form without a task, where all goes well; else None.
 
         Args:
             put: Makes of an answer, or of what went wrong, what the method answers with.
@@ -277,18 +279,25 @@ class GrpcDoor:
         started = time.perf_counter()
         found = self._forms.find(message)
         if found is None:
-            return False
+            return None
         known, start = found
         try:
             self._plane.check_key(call.head.authorization)
             loaded = self._plane.find(known.model, known.version)
         except QuintetError:
-            return False
+            return None
         if loaded.version != known.answered_by:
-            return False
+            return None
         inputs = known.form.fill(message, start).inputs
         on_done = partial(self._done, put, known, loaded, started, tell)
-        return self._plane.ask(loaded, inputs, call.deadline, known.asked.priority, 0, on_done)
+        job = self._plane.ask(loaded, inputs, call.deadline, known.asked.priority, 0, on_done)
+        return None if job is None else partial(self._given_up, job)
+
+    def _given_up(self, job: Job) -> None:
+        """Work no longer for a caller who is gone, if it is not done yet."""
+        if not job.is_done:
+            job.give_up()
+            self._plane.leave()
 
     def _done(
         self,

@@ -115,6 +115,7 @@ Answered = bytes | QuintetError
 """What came of a message."""
 
 Tell = Callable[[Answered], None]
+GiveUp = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,16 @@ class Method:
         is_endless: Whether `answer` goes on, sending with `Call.send`, until the caller has had enough.
         keeps_deadline: Whether `answer` minds `Call.deadline` by itself.
         ask: Answers a message without a task, later, and minds the deadline: it takes the call, the
-            message, and what is to be told the answer or the error. False where nothing has happened
-            and `answer` must be asked instead; None where that is always so.
+            message, and what is to be told the answer or the error, and gives what to call if nobody
+            waits for it any more. It gives None where nothing has happened and `answer` must be asked
+            instead; there is no `ask` where that is always so.
     """
 
     answer: "Callable[[Call, bytes], Awaitable[bytes]]"
     is_stream: bool = False
     is_endless: bool = False
     keeps_deadline: bool = False
-    ask: "Callable[[Call, bytes, Tell], bool] | None" = None
+    ask: "Callable[[Call, bytes, Tell], GiveUp | None] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,10 @@ class Head:
     coding: bytes | None = None
     authorization: bytes = field(default=b"", repr=False)
     headers: Mapping[bytes, bytes] = field(default_factory=dict, repr=False)
+
+
+def _tell_framed(tell: Tell, answer: Answered) -> None:
+    tell(answer if isinstance(answer, QuintetError) else PREFIX.pack(0, len(answer)) + answer)
 
 
 async def _nothing(call: "Call", message: bytes) -> bytes:
@@ -243,20 +249,20 @@ class Service:
 class _Turn:
     """A message of a call on its way to its answer, which is framed, or an error."""
 
-    __slots__ = ("answer", "held", "task")
+    __slots__ = ("answer", "give_up", "held")
 
     def __init__(self, held: int) -> None:
-        self.answer: bytes | QuintetError | None = None
+        self.answer: Answered | None = None
         self.held = held
-        self.task: asyncio.Task[None] | None = None
+        self.give_up: GiveUp | None = None
 
 
 class Call(Stream):
     """One call of a method."""
 
     __slots__ = (
-        "_answer_held", "_arrived", "_has_started", "_held", "_is_booked", "_is_over", "_is_sent_away",
-        "_is_under_way", "_is_whole", "_partial", "_service", "_task", "_turns", "deadline", "head", "more",
+        "_answer_held", "_arrived", "_give_up", "_has_started", "_held", "_is_booked", "_is_over",
+        "_is_sent_away", "_is_whole", "_partial", "_service", "_turns", "deadline", "head", "more",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, number: int, service: Service, head: Head) -> None:
@@ -270,15 +276,14 @@ class Call(Stream):
         self._service = service
         self._answer_held = 0
         self._arrived = now
+        self._give_up: GiveUp | None = None
         self._has_started = False
         self._held = 0
         self._is_booked = False
         self._is_over = False
         self._is_sent_away = False
-        self._is_under_way = False
         self._is_whole = False
         self._partial: bytearray | None = None
-        self._task: asyncio.Task[None] | None = None
         self._turns: deque[_Turn] = deque() if head.method.is_stream else _NO_TURNS
 
     # ---- what comes in ----
@@ -317,7 +322,7 @@ class Call(Stream):
     def _take(self, data: bytes, is_compressed: bool, is_last: bool) -> bool:
         """Begin with a message that has come whole and alone; False where it cannot begin now."""
         if not self.head.method.is_stream:
-            if not is_last or self._is_under_way:
+            if not is_last or self._give_up is not None:
                 return False
             self._is_whole = True
             self._begin(data[PREFIX.size :], is_compressed)
@@ -381,11 +386,11 @@ class Call(Stream):
         service = self._service
         self._is_over = True
         service.calls -= 1
-        if self._task is not None:
-            self._task.cancel()
+        if self._give_up is not None:
+            self._give_up()
         for turn in self._turns:
-            if turn.task is not None:
-                turn.task.cancel()
+            if turn.give_up is not None:
+                turn.give_up()
             self._held += turn.held
         self._turns = _NO_TURNS
         self._partial = None
@@ -398,8 +403,9 @@ class Call(Stream):
         if self._is_over:
             return
         # A message that is being answered minds the deadline by itself; a row of them may go on for ever.
-        is_sending = bool(self._partial) or not (self._is_under_way or self.head.method.is_stream)
-        if self.deadline is not None and now > self.deadline and not self._is_under_way:
+        is_idle = self._give_up is None
+        is_sending = bool(self._partial) or (is_idle and not self.head.method.is_stream)
+        if self.deadline is not None and now > self.deadline and is_idle:
             self.fail(DeadlineExceeded("The deadline passed before the call was over; allow more time."))
         elif is_sending and not self.is_paused and now - self._arrived > BODY_SECONDS:
             self.fail(DeadlineExceeded(f"The message took more than {BODY_SECONDS} s; send it faster."))
@@ -416,34 +422,29 @@ class Call(Stream):
     # ---- one message, one answer ----
 
     def _begin(self, message: bytes, is_compressed: bool) -> None:
-        self._is_under_way = True
-        if not self._is_asked(message, is_compressed, self._tell):
-            self._task = asyncio.get_running_loop().create_task(self._run(message, is_compressed))
+        self._give_up = self._work(message, is_compressed, self._tell)
 
-    def _is_asked(self, message: bytes, is_compressed: bool, tell: Tell) -> bool:
-        """Whether a message will be answered without a task."""
+    def _work(self, message: bytes, is_compressed: bool, tell: Tell) -> GiveUp:
+        """Have a message answered, without a task if that can be; `tell` gets the answer, framed."""
         head = self.head
         ask = head.method.ask
-        if ask is None or is_compressed or head.coding is not None:
-            return False
-        return ask(self, message, partial(self._told, tell))
+        if ask is not None and not is_compressed and head.coding is None:
+            give_up = ask(self, message, partial(_tell_framed, tell))
+            if give_up is not None:
+                return give_up
+        return asyncio.get_running_loop().create_task(self._run(message, is_compressed, tell)).cancel
 
-    @staticmethod
-    def _told(tell: Tell, answer: Answered) -> None:
-        tell(answer if isinstance(answer, QuintetError) else PREFIX.pack(0, len(answer)) + answer)
-
-    async def _run(self, message: bytes, is_compressed: bool) -> None:
+    async def _run(self, message: bytes, is_compressed: bool, tell: Tell) -> None:
         try:
             answer: Answered = await self._answered(message, is_compressed)
         except QuintetError as error:
             # A traceback holds this frame, and the frame the error: a cycle for the garbage collector.
             answer = error.with_traceback(None)
-        self._task = None
-        self._tell(answer)
+        tell(answer)
 
     def _tell(self, framed: Answered) -> None:
         """Send the one answer, framed, or the error in its place."""
-        self._is_under_way = False
+        self._give_up = None
         if self._is_over:
             return
         if isinstance(framed, QuintetError):
@@ -507,22 +508,12 @@ class Call(Stream):
         turn = _Turn(len(message) + PREFIX.size)
         self._held -= turn.held
         self._turns.append(turn)
-        if not self._is_asked(message, is_compressed, partial(self._end_turn, turn)):
-            turn.task = asyncio.get_running_loop().create_task(self._run_turn(turn, message, is_compressed))
+        turn.give_up = self._work(message, is_compressed, partial(self._end_turn, turn))
         if len(self._turns) >= AHEAD:
             self.pause()
 
-    async def _run_turn(self, turn: _Turn, message: bytes, is_compressed: bool) -> None:
-        try:
-            answer: Answered = await self._answered(message, is_compressed)
-        except QuintetError as error:
-            # A traceback holds this frame, and the frame the error: a cycle for the garbage collector.
-            answer = error.with_traceback(None)
-        turn.task = None
-        self._end_turn(turn, answer)
-
     def _end_turn(self, turn: _Turn, framed: Answered) -> None:
-        turn.answer = framed
+        turn.answer, turn.give_up = framed, None
         # Not at once: the answers of one batch leave together.
         if not self._is_booked and not self._is_over and turn is self._turns[0]:
             self._is_booked = True

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from service import open_inference
+from service.data_plane import QUICK_INPUTS
 from service.loaded_model import LoadedModel
 from service.models.spec import Answer, Inputs
 from service.open_inference import Wanted
@@ -91,7 +92,8 @@ class Forms:
         if start is None:
             return None
         known = self._known.get(message[:start])
-        return None if known is None else (known, start)
+        # Two tensors of other lengths may begin at the same place.
+        return None if known is None or known.form.size != len(message) - start else (known, start)
 
     def learn(
         self,
@@ -112,19 +114,25 @@ class Forms:
             wanted: What was wanted.
             response: The `ModelInferResponse`.
         """
-        raws = request.raw_input_contents
         # A name of its own is another one each time.
-        if request.id or request.parameters or len(raws) != 1 or len(request.inputs) != 1:
+        if request.id or request.parameters or len(request.inputs) != 1 or len(inputs) > QUICK_INPUTS:
             return
-        tensor, raw, start = request.inputs[0], raws[0], len(message) - len(raws[0])
-        if tensor.datatype == "BYTES" or not raw or start > LONGEST_FORM:
+        tensor = request.inputs[0]
+        if tensor.datatype == "BYTES" or any(-1 in one.tensor.shape for one in wanted):
             return
-        if any(-1 in one.tensor.shape for one in wanted):
+        if len(request.raw_input_contents) != 1:
+            return
+        (raw,) = request.raw_input_contents
+        start = len(message) - len(raw)
+        if not raw or start > LONGEST_FORM:
             return
         # What stands before the tensor must be a message by itself, or its end might be something else's.
-        rest = pb.ModelInferRequest()
-        rest.CopyFrom(request)
-        rest.ClearField("raw_input_contents")
+        rest = pb.ModelInferRequest(
+            model_name=request.model_name,
+            model_version=request.model_version,
+            inputs=request.inputs,
+            outputs=request.outputs,
+        )
         first = bytes(rest.SerializeToString()) + RAW_INPUT + _varint(len(raw))
         if message[:start] != first:
             return

@@ -212,7 +212,8 @@ class RestDoor:
         except QuintetError:
             return False
         on_done = partial(self._done, question, loaded, asked, started, len(body), reply)
-        return plane.ask(loaded, asked.inputs, asked.deadline(started), asked.priority, len(body), on_done)
+        job = plane.ask(loaded, asked.inputs, asked.deadline(started), asked.priority, len(body), on_done)
+        return job is not None
 
     def _done(
         self,

@@ -256,9 +256,8 @@ class TracedGrpcDoor(GrpcDoor):
         super().__init__(plane)
         self._tracer = tracer
 
-    def _ask(self, put: Callable[[Answered], Answered], call: Call, message: bytes, tell: Tell) -> bool:
-        """False: every request has a span, which begins before it is read."""
-        return False
+    def _ask(self, put: Callable[[Answered], Answered], call: Call, message: bytes, tell: Tell) -> None:
+        """None: every request has a span, which begins before it is read."""
 
     async def _answered(self, call: Call, message: bytes) -> tuple[Any, Any, QuintetError | None]:
         headers = call.head.headers

@@ -52,6 +52,7 @@ HELD_BY_A_DATA_PLANE = {
     "service.rest",
     "service.grpc_api",
     "service.grpc_calls",
+    "service.grpc_forms",
     "service.grpc_standard",
     "service.data_plane",
     "service.http",

@@ -16,6 +16,7 @@ from service.grpc_calls import (
     AHEAD,
     Answered,
     Call,
+    GiveUp,
     Method,
     Service,
     Status,
@@ -69,6 +70,7 @@ class Ledger:
         self.started = 0
         self.cancelled = 0
         self.asked = 0
+        self.given_up = 0
         self.gate = asyncio.Event()
         methods = {
             "Echo": Method(self.echo),
@@ -124,14 +126,20 @@ class Ledger:
     async def broken(self, call: Call, content: bytes) -> bytes:
         raise RuntimeError("a secret of ours")
 
-    def ask(self, call: Call, content: bytes, tell: Tell) -> bool:
+    def ask(self, call: Call, content: bytes, tell: Tell) -> GiveUp | None:
         """Without a task: an echo in a little while, the longer the shorter; not of what is long, or `no`."""
         if content == b"no" or len(content) > 1000:
-            return False
+            return None
         self.asked += 1
         answer: Answered = BadInput("as you wish") if content == b"fail" else content
-        asyncio.get_running_loop().call_later(0.02 / (1 + len(content)), tell, answer)
-        return True
+        seconds = 3600 if content == b"for ever" else 0.02 / (1 + len(content))
+        timer = asyncio.get_running_loop().call_later(seconds, tell, answer)
+
+        def give_up() -> None:
+            self.given_up += 1
+            timer.cancel()
+
+        return give_up
 
 
 @pytest.fixture
@@ -265,12 +273,14 @@ async def test_compressed_messages_have_a_task(wire: Wire, ledger: Ledger, metho
 
 
 @pytest.mark.parametrize("method", ["Asked", "AskedRow"])
-async def test_nobody_is_there_for_an_answer_without_a_task(wire: Wire, ledger: Ledger, method: str) -> None:
+async def test_whoever_gives_up_an_answer_without_a_task_is_worked_for_no_longer(
+    wire: Wire, ledger: Ledger, method: str
+) -> None:
     wire.headers(1, fields(method))
-    wire.data(1, message(b""), is_last=method == "Asked")
+    wire.data(1, message(b"for ever"), is_last=method == "Asked")
     wire.send(http2.RST_STREAM, 0, 1, struct.pack(">I", http2.CANCEL))
     assert messages_in((await ask(wire, fields(method), message(b""), 3))[1]) == [b""]
-    assert ledger.asked == 2
+    assert (ledger.asked, ledger.given_up) == (2, 1)
 
 
 # ---- compression ----

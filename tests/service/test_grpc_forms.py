@@ -1,7 +1,10 @@
 """gRPC requests that begin like one before: answered with what is kept of that, as if nothing were."""
 
 import asyncio
-from collections.abc import Sequence
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,12 +13,19 @@ import numpy as np
 import pytest
 
 from service import open_inference
+from service.commands import Commands
+from service.data_plane import DataPlane
+from service.grpc_api import GrpcDoor
+from service.grpc_calls import GiveUp
 from service.grpc_forms import IN_STREAM, MOST_FORMS, RAW_INPUT, Forms, delimited
+from service.metrics import Board
 from service.models.digit import DIGIT
 from service.models.spec import Classification, Inputs
 from service.open_inference import Wanted
 from service.proto import grpc_service_pb2 as pb
 from service.questions import LONGEST_FORM
+from service.settings import Settings
+from tests.conftest import MODELS_FOLDER
 
 from .knocking import INFER, TOLERANCE, GrpcClient, pixels_of
 
@@ -114,6 +124,18 @@ def test_what_is_not_the_same_is_not_known() -> None:
         assert forms.find(other.SerializeToString()) is None
 
 
+def test_tensors_of_two_lengths_may_begin_at_the_same_place() -> None:
+    forms = learnt(learnt(Forms(), request_of(random_pixels(1))), request_of(random_pixels(2)))
+    one, two = (request_of(random_pixels(count, 9)).SerializeToString() for count in (1, 2))
+    begins = len(one) - 784
+    assert begins == len(two) - 2 * 784
+    assert forms.find(one) is not None
+    assert forms.find(two) is not None
+    # Each with as many bytes as the other: damaged messages, which the parser must see.
+    assert forms.find(two[:-784]) is None
+    assert forms.find(one + bytes(784)) is None
+
+
 def with_parameter() -> Any:
     request = request_of(random_pixels())
     request.parameters["priority"].int64_param = 1
@@ -203,14 +225,6 @@ def test_the_same_answers_call_by_call_and_in_a_stream(
             assert found == pytest.approx(one["outputs"][0]["data"], abs=TOLERANCE)
 
 
-def test_a_deadline_is_kept_by_known_requests_too(grpc_client: GrpcClient) -> None:
-    request = request_of(random_pixels(64))
-    for _ in range(3):
-        grpc_client.call("ModelInfer", request)
-    refusal = grpc_client.refusal("ModelInfer", request, timeout=1e-6)
-    assert refusal.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-
-
 async def test_many_callers_at_once_get_their_own(grpc_client: GrpcClient, digit_pngs: Pngs) -> None:
     requests = [request_of(pixels_of(content)[np.newaxis]) for content, _ in digit_pngs]
     alone = [grpc_client.call("ModelInfer", request) for request in requests]
@@ -222,3 +236,85 @@ async def test_many_callers_at_once_get_their_own(grpc_client: GrpcClient, digit
         own = alone[number % len(requests)].raw_output_contents[0]
         found = np.frombuffer(answer.raw_output_contents[0], np.float32)
         assert found == pytest.approx(np.frombuffer(own, np.float32), abs=TOLERANCE)
+
+
+class NotingDoor(GrpcDoor):
+    """Notes which requests were taken without a task."""
+
+    def __init__(self, plane: DataPlane) -> None:
+        super().__init__(plane)
+        self.at_once: list[bool] = []
+
+    def _ask(self, *asked: Any) -> GiveUp | None:
+        give_up = super()._ask(*asked)
+        self.at_once.append(give_up is not None)
+        return give_up
+
+
+@pytest.fixture
+async def door(tmp_path: Path) -> AsyncIterator[NotingDoor]:
+    settings = Settings(models=MODELS_FOLDER)
+    board = Board(tmp_path)
+    plane = DataPlane(settings, board, Commands(tmp_path))
+    await asyncio.to_thread(plane.load)
+    door = NotingDoor(plane)
+    yield door
+    assert plane.find("digit").batcher.depth == 0
+    await asyncio.wait_for(plane.finish(5), 5)
+    board.close()
+
+
+@asynccontextmanager
+async def stub_of(door: NotingDoor) -> AsyncIterator[Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    await door.start("127.0.0.1", port)
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
+            yield channel.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                request_serializer=lambda one: one if isinstance(one, bytes) else one.SerializeToString(),
+                response_deserializer=pb.ModelInferResponse.FromString,
+            )
+    finally:
+        await door.stop(0)
+
+
+async def test_what_is_known_is_answered_without_a_task_and_all_else_as_ever(door: NotingDoor) -> None:
+    async with stub_of(door) as infer:
+        first, second = [await infer(request_of(random_pixels(2, seed))) for seed in (1, 1)]
+        assert first == second
+        named = await infer(request_of(random_pixels(2, 1), id="mine"))
+        assert named.raw_output_contents == first.raw_output_contents
+        assert door.at_once == [False, True, False]
+        # The head of two digits with the bytes of one: no message at all.
+        damaged = request_of(random_pixels(2)).SerializeToString()[:-784]
+        await infer(request_of(random_pixels(1)))
+        with pytest.raises(grpc.RpcError) as refusal:
+            await infer(damaged)
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        # That cost nobody else the connection.
+        await infer(request_of(random_pixels(1)))
+        assert door.at_once == [False, True, False, False, False, True]
+
+
+async def test_a_known_request_whose_caller_has_gone_is_not_counted(door: NotingDoor) -> None:
+    plane = door._plane
+    async with stub_of(door) as infer:
+        await infer(request_of(random_pixels()))
+        batcher = plane.find("digit").batcher
+        # Nothing runs meanwhile: its caller is gone before it is its turn.
+        batcher._turn_is_booked = True
+        call = infer(request_of(random_pixels()))
+        while len(door.at_once) < 2:
+            await asyncio.sleep(0.01)
+        assert (door.at_once, batcher.depth) == ([False, True], 1)
+        call.cancel()
+        while plane._under_way:
+            await asyncio.sleep(0.01)
+        batcher._turn_is_booked = False
+        await infer(request_of(random_pixels()))
+    (counted,) = plane.statistics([plane.find("digit")])
+    assert counted.success.count == 2
+    assert counted.inferences == 2
