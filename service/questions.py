@@ -21,7 +21,7 @@ from service.errors import BadInput
 from service.http import Request, Response, json_response, read_json
 from service.loaded_model import LoadedModel
 from service.models.spec import Answer, Inputs, Room
-from service.open_inference import InputTensor, Wanted
+from service.open_inference import InputTensor, OutputTensor, Wanted
 
 HEADER_LENGTH: Final = b"inference-header-content-length"
 
@@ -42,6 +42,8 @@ class Asked(NamedTuple):
         priority: Whom it goes before.
         wanted: The outputs that a machine wants.
         id: A machine's own name for the request, which it gets back.
+        heads: The JSON before the answer's binary tensors by the version that answers, where it is the
+            same for all requests of a form; None where it is not.
     """
 
     inputs: list[Inputs]
@@ -49,6 +51,7 @@ class Asked(NamedTuple):
     priority: Priority
     wanted: Sequence[Wanted] = ()
     id: str | None = None
+    heads: dict[str, bytes] | None = None
 
     def deadline(self, started: float) -> float | None:
         """When to give up, by `time.monotonic`, on a request that came at `started` (`time.perf_counter`)."""
@@ -300,31 +303,47 @@ class MachinesQuestion(Question):
             self.forms.clear()
         names = {column.name for column in columns}
         options = {name: value for name, value in first[0].items() if name not in names}
-        self.forms[text] = Form(columns, size, options, asked._replace(inputs=[]))
+        is_same = all(one.is_binary and one.tensor.is_fixed and not one.classes for one in asked.wanted)
+        heads: dict[str, bytes] | None = {} if is_same else None
+        self.forms[text] = Form(columns, size, options, asked._replace(inputs=[], heads=heads))
 
     def told(self, loaded: LoadedModel, asked: Asked, answers: Sequence[Answer], job: Job) -> Response:
         """The tensors wanted, as JSON or behind it."""
-        outputs, chunks = [], []
-        for one, output in open_inference.to_outputs(self.room, answers, asked.wanted):
-            described: dict[str, Any] = {
+        outputs = [
+            (output, open_inference.to_raw(output) if one.is_binary else None)
+            for one, output in open_inference.to_outputs(self.room, answers, asked.wanted)
+        ]
+        head = asked.heads.get(loaded.version) if asked.heads else None
+        if head is None:
+            head = self._head(loaded, asked, outputs)
+            if asked.heads is not None:
+                asked.heads[loaded.version] = head
+        raws = [raw for _, raw in outputs if raw is not None]
+        if not raws:
+            return Response(200, b"application/json", head)
+        length = (HEADER_LENGTH, b"%d" % len(head))
+        return Response(200, b"application/octet-stream", b"".join([head, *raws]), (length,))
+
+    def _head(
+        self, loaded: LoadedModel, asked: Asked, outputs: Sequence[tuple[OutputTensor, bytes | None]]
+    ) -> bytes:
+        """The JSON of an answer: what its tensors are, with the values of those that do not follow it."""
+        described = []
+        for output, raw in outputs:
+            said: dict[str, Any] = {
                 "name": output.tensor.name,
                 "datatype": output.tensor.datatype,
                 "shape": list(output.values.shape),
             }
-            if one.is_binary:
-                chunks.append(open_inference.to_raw(output))
-                described["parameters"] = {"binary_data_size": len(chunks[-1])}
+            if raw is None:
+                said["data"] = open_inference.to_json(output)
             else:
-                described["data"] = open_inference.to_json(output)
-            outputs.append(described)
-        answer = {"model_name": self.room.name, "model_version": loaded.version, "outputs": outputs}
+                said["parameters"] = {"binary_data_size": len(raw)}
+            described.append(said)
+        answer = {"model_name": self.room.name, "model_version": loaded.version, "outputs": described}
         if asked.id is not None:
             answer["id"] = asked.id
-        if not chunks:
-            return json_response(answer)
-        text = orjson.dumps(answer)
-        length = (HEADER_LENGTH, b"%d" % len(text))
-        return Response(200, b"application/octet-stream", b"".join([text, *chunks]), (length,))
+        return orjson.dumps(answer)
 
 
 def from_machine(

@@ -50,6 +50,11 @@ class Tensor:
         """The numpy type that carries this datatype (`object` for `BYTES`)."""
         return NUMPY_TYPES[self.datatype]
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all its values take the same number of bytes."""
+        return self.datatype != "BYTES" and -1 not in self.shape
+
 
 @dataclass(slots=True)
 class Sample:

@@ -56,7 +56,7 @@ def test_a_form_that_is_known_reads_other_tensors_as_the_first_time(count: int) 
         assert len(forms) == 1, turn
         assert [one["pixels"].tolist() for one in kept.inputs] == pixels.tolist()
         assert [one["pixels"].tolist() for one in anew.inputs] == pixels.tolist()
-        assert kept._replace(inputs=[]) == anew._replace(inputs=[])
+        assert kept._replace(inputs=[], heads=None) == anew._replace(inputs=[])
         assert (kept.id, kept.seconds, int(kept.priority)) == ("seven", 2.0, 0)
 
 
@@ -206,6 +206,30 @@ def test_a_machine_that_asks_alike_gets_each_answer_as_it_wants_it(
             (prediction,) = alone.json()["predictions"]
             found = np.frombuffer(binary, np.float32)
             assert found == pytest.approx(probabilities_of(prediction), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("binary", [(), ("probabilities",), ("label",), ("label", "probabilities")], ids=str)
+def test_machines_that_ask_alike_get_their_own_values_in_json_and_in_binary(
+    http: httpx.Client, digit_pngs: Pngs, binary: Sequence[str]
+) -> None:
+    outputs = [
+        {"name": name, "parameters": {"binary_data": name in binary}} for name in ("label", "probabilities")
+    ]
+    text = described(outputs=outputs)
+    by_label = {label: picture for picture, label in digit_pngs}
+    for label, picture in by_label.items():
+        headers = {"inference-header-content-length": str(len(text))}
+        response = http.post(INFER, content=text + pixels_of(picture).tobytes(), headers=headers)
+        told, rest = split_binary(response) if binary else (response.json(), b"")
+        labels, probabilities = told["outputs"]
+        if "label" in binary:
+            size = labels["parameters"]["binary_data_size"]
+            assert rest[4:size] == label.encode()
+            rest = rest[size:]
+        else:
+            assert labels["data"] == [label]
+        values = np.frombuffer(rest, np.float32) if "probabilities" in binary else probabilities["data"]
+        assert int(np.argmax(values)) == int(label)
 
 
 def test_a_request_keeps_its_own_name(http: httpx.Client, digit_png: bytes) -> None:
