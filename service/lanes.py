@@ -178,8 +178,10 @@ class LoopTurns:
 
     def _book(self, customer: LoopCustomer) -> None:
         if not self._asking:
-            # Not at once: others whose bytes came in the same turn of the loop join in.
-            asyncio.get_running_loop().call_soon(self._turn)
+            # Not at once: others whose bytes came in the same turn of the loop join in, and those whose
+            # bytes come while it looks at its sockets once more.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._turn)
         self._asking.append(customer)
 
     def _go_on(self) -> None:

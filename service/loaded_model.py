@@ -16,7 +16,7 @@ from service.repository import ModelFiles
 from service.runtime import Network, NetworkMismatch
 from service.settings import Settings
 
-LEAST_INLINE: Final = 4
+LEAST_INLINE: Final = 8
 """Fewer inputs are hardly a batch: callers who come together would be answered one by one."""
 
 

@@ -97,9 +97,9 @@ class Settings(BaseSettings):
     batch_window_ms: float = Field(0, ge=0, le=1000, description="how long a batch may wait for company")
     batch_ms: float = Field(100.0, gt=0, description="no batch is so large that it should take longer")
     inline_ms: float = Field(
-        4.0,
+        8.0,
         ge=0,
-        description="no batch on the event loop takes longer; where four inputs would, all leave it",
+        description="no batch on the event loop takes longer; where eight inputs would, all leave it",
     )
     lanes: int = Field(1, ge=1, le=64, description="batches that run at the same time, in each worker")
     threads: int = Field(
