@@ -31,7 +31,7 @@ from tests.conftest import MODELS_FOLDER, QuintetServer, StartQuintet
 
 from .knocking import GrpcClient, http_client, picture_request
 
-SHIPPED = MODELS_FOLDER / "digit" / "1"
+SHIPPED = MODELS_FOLDER / "digit" / "2"
 
 
 def add_version(models: Path, version: int, *, damaged: bool = False, network: bytes | None = None) -> Path:

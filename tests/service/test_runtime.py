@@ -61,8 +61,8 @@ def test_int8_is_taken_where_it_was_faster_and_the_processor_is_alike() -> None:
 
 
 def test_a_model_without_the_wanted_precision_is_refused_and_auto_takes_what_there_is(tmp_path: Path) -> None:
-    shutil.copytree(MODELS_FOLDER / "digit" / "1", tmp_path / "digit" / "1")
-    path = tmp_path / "digit" / "1" / "card.json"
+    shutil.copytree(MODELS_FOLDER / "digit" / "2", tmp_path / "digit" / "2")
+    path = tmp_path / "digit" / "2" / "card.json"
     facts = json.loads(path.read_text())
     facts["files"] = {"int8": facts["files"]["fp32"]}
     path.write_text(json.dumps(facts))
