@@ -153,10 +153,10 @@ def test_the_status_tells_what_is_served(url: str) -> None:
     first, *models = done.stdout.splitlines()
     assert first.startswith(f"{url}: quintet ")
     assert ", ready, " in first
-    assert any(line.startswith("  digit      version 1") for line in models)
+    assert any(line.startswith("  digit      version 2") for line in models)
     told = json.loads(run("status", "--json", url=url).stdout)
     assert told["ready"] is True
-    assert "1" in told["models"]["digit"]
+    assert "2" in told["models"]["digit"]
 
 
 def test_found_objects_are_drawn(tmp_path: Path) -> None:
