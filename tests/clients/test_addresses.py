@@ -89,7 +89,7 @@ async def test_the_status_tells_what_is_served(ask: Ask, url: str) -> None:
     assert list(status.models) == ["digit", "image", "sentiment", "generator", "detection"]
     assert "2" in status.models["digit"]
     assert status.seconds > 0
-    assert "digit 1" in str(status)
+    assert "digit 2" in str(status)
 
 
 async def test_the_status_of_a_service_that_is_starting(ask: Ask, stand_in: Any) -> None:
