@@ -288,9 +288,9 @@ class GrpcDoor:
             return None
         if loaded.version != known.answered_by:
             return None
-        inputs = known.form.fill(message, start).inputs
+        asked = known.form.fill(message, start)
         on_done = partial(self._done, put, known, loaded, started, tell)
-        job = self._plane.ask(loaded, inputs, call.deadline, known.asked.priority, 0, on_done)
+        job = self._plane.ask(loaded, asked.inputs, call.deadline, asked.priority, 0, on_done)
         return None if job is None else partial(self._given_up, job)
 
     def _given_up(self, job: Job) -> None:

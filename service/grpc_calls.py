@@ -161,8 +161,12 @@ class Head:
     headers: Mapping[bytes, bytes] = field(default_factory=dict, repr=False)
 
 
+def _framed(message: bytes, *, is_compressed: bool = False) -> bytes:
+    return PREFIX.pack(is_compressed, len(message)) + message
+
+
 def _tell_framed(tell: Tell, answer: Answered) -> None:
-    tell(answer if isinstance(answer, QuintetError) else PREFIX.pack(0, len(answer)) + answer)
+    tell(answer if isinstance(answer, QuintetError) else _framed(answer))
 
 
 async def _nothing(call: "Call", message: bytes) -> bytes:
@@ -481,8 +485,8 @@ class Call(Stream):
                     answer = await method.answer(self, message)
             if head.coding is not None and len(answer) >= WORTH_COMPRESSING:
                 answer = await off_the_loop(len(answer), compress, answer, head.coding)
-                return PREFIX.pack(1, len(answer)) + answer
-            return PREFIX.pack(0, len(answer)) + answer
+                return _framed(answer, is_compressed=True)
+            return _framed(answer)
         except QuintetError:
             raise
         except TimeoutError:
@@ -576,7 +580,7 @@ class Call(Stream):
         """Send one answer of several."""
         if not self._is_over:
             self._start()
-            self.write(PREFIX.pack(0, len(answer)) + answer)
+            self.write(_framed(answer))
 
     def _start(self) -> None:
         if not self._has_started:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from service import open_inference
+from service.batcher import Priority
 from service.data_plane import QUICK_INPUTS
 from service.loaded_model import LoadedModel
 from service.models.spec import Answer, Inputs
@@ -65,11 +66,6 @@ class Known(NamedTuple):
     answered_by: str
     form: Form
     head: bytes
-
-    @property
-    def asked(self) -> Asked:
-        """What they all ask for, without inputs."""
-        return self.form.asked
 
     def told(self, loaded: LoadedModel, answers: Sequence[Answer]) -> bytes:
         """A `ModelInferResponse`."""
@@ -138,7 +134,7 @@ class Forms:
             return
         values = inputs[0][tensor.name]
         column = Column(tensor.name, values.dtype, values.size * len(inputs), 0, (len(inputs), *values.shape))
-        form = Form([column], len(raw), {}, Asked([], None, open_inference.wishes({}).priority, wanted))
+        form = Form([column], len(raw), {}, Asked([], None, Priority.NORMAL, wanted))
         bare = pb.ModelInferResponse()
         bare.CopyFrom(response)
         bare.ClearField("raw_output_contents")
