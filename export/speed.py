@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from export.graphs import quiet_session
+from service.matrix_units import suited
 from service.models.spec import Array
 from service.providers import eight_bit_instructions
 from service.settings import cores
@@ -47,7 +48,7 @@ def measure(networks: Mapping[str, bytes], batches: Mapping[int, Sequence[Array]
     """
     ways = sorted({(1, 1), (cores(), 1), (1, cores())})
     sessions = {
-        (name, threads): quiet_session(network, threads=threads)
+        (name, threads): quiet_session(suited(network), threads=threads)
         for name, network in networks.items()
         for threads in {threads for _, threads in ways}
     }

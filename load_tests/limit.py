@@ -23,6 +23,7 @@ import numpy as np
 import onnxruntime
 
 from load_tests import payloads
+from service.matrix_units import suited
 from service.models import MODELS
 from service.models.spec import Array, Room, Sample
 from service.providers import Profile, profile_of, refuse_other_provider
@@ -82,7 +83,7 @@ class BareNetwork:
             profile: Where it runs.
         """
         self._room = room
-        self._file = files.network
+        self._file = files.network if profile.is_gpu else suited(files.network)
         self._profile = profile
         self._providers = profile.providers(room, files.variant, graphs=False)
         self._inputs = inputs

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime
 
+from service.matrix_units import suited
 from service.models.spec import Array, Room, Sample, Tensor
 from service.providers import RUNGS, Profile, allows_graphs, refuse_other_provider, rung_of
 
@@ -84,7 +85,9 @@ class Network:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         try:
             session = onnxruntime.InferenceSession(
-                model, options, providers=profile.providers(room, variant, graphs=graphs)
+                model if profile.is_gpu else suited(model),
+                options,
+                providers=profile.providers(room, variant, graphs=graphs),
             )
         except Exception as error:
             raise NetworkMismatch(f"{room}: ONNX Runtime cannot open the model: {error}") from error

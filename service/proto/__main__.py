@@ -1,7 +1,7 @@
 """Generates the messages of the `.proto` files beside it: `python -m service.proto FOLDER…`.
 
 Each folder gets `grpc_service_pb2.py` and, for type checkers, `grpc_service_pb2.pyi`; the service's own
-folder also gets those of gRPC's standard services.
+folder also gets those of gRPC's standard services, and what it reads of ONNX files.
 """
 
 import base64
@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pb2  # type: ignore[import-untyped,unused
 from grpc_tools import protoc  # type: ignore[import-untyped,unused-ignore]
 
 PROTO = Path(__file__).with_name("grpc_service.proto")
-STANDARD = [Path(__file__).with_name(name) for name in ("health.proto", "reflection.proto")]
+OWN = [Path(__file__).with_name(name) for name in ("health.proto", "reflection.proto", "onnx_weights.proto")]
 
 # protoc's own Python code puts every message into one pool for the whole process. The public
 # Triton client does so too, under the same names, and two files may not define one name:
@@ -91,5 +91,5 @@ if __name__ == "__main__":
         folder = Path(name)
         generate(folder)
         if folder.resolve() == PROTO.parent.resolve():
-            for proto in STANDARD:
+            for proto in OWN:
                 generate(folder, proto)
