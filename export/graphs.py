@@ -171,6 +171,14 @@ def needed(node: onnx.NodeProto) -> set[str]:
     return names
 
 
+def drop_unused(model: onnx.ModelProto) -> None:
+    """Take out constants that no node takes, in place."""
+    used = {name for node in model.graph.node for name in node.input}
+    for one in list(model.graph.initializer):
+        if one.name not in used:
+            model.graph.initializer.remove(one)
+
+
 def named(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which every node has a name of its own."""
     copy = onnx.ModelProto()

@@ -17,6 +17,7 @@ from export.errors import ExportRefused
 from export.placement import place, refuse_fallbacks
 from export.proof import Answers, RuntimeAnswers, prove
 from export.publish import VARIANTS, publish, refuse_taken
+from export.simplify import simplified
 from export.to_onnx import OPSET, TorchAnswers, opset_of, to_onnx
 from service.errors import NotFound
 from service.models.spec import Array, Room
@@ -181,7 +182,7 @@ def _trained(room: Room, folder: Path, story: Any) -> Source:
     return Source(
         "torch",
         facts,
-        to_onnx(network, room),
+        simplified(to_onnx(network, room)),
         TorchAnswers(network),
         facts["scores"],
         folder,
@@ -203,7 +204,7 @@ def _shipped(room: Room, repository: Path, version: int, temperature: float | No
             f"{files.path} has the operator set {opset_of(files.network)}, and {OPSET} is the newest that "
             "this export and its GPU kernels are for; export it anew from its checkpoint."
         )
-    network = precision.unfolded(files.network)
+    network = simplified(precision.unfolded(files.network))
     reference: Answers = RuntimeAnswers(room, files.network)
     scores = facts["scores"]["fp32"]
     if temperature is not None:

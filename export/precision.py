@@ -30,6 +30,7 @@ from onnxruntime.transformers.optimizer import optimize_model
 
 from export.errors import ExportRefused
 from export.graphs import (
+    drop_unused,
     first_and_last,
     in_floats,
     named,
@@ -290,7 +291,7 @@ def unfolded(network: bytes) -> bytes:
             weights = numpy_helper.to_array(halves[node.input[0]]).astype(np.float32)
             model.graph.initializer.append(numpy_helper.from_array(weights, node.output[0]))
             model.graph.node.remove(node)
-    _drop_unused(model)
+    drop_unused(model)
     return bytes(model.SerializeToString(deterministic=True))
 
 
@@ -412,7 +413,7 @@ def _by_rows(model: onnx.ModelProto) -> Converted:
         multiplied += 1
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    _drop_unused(model)
+    drop_unused(model)
     del model.graph.value_info[:]
     onnx.checker.check_model(model)
     return Converted(
@@ -500,16 +501,8 @@ def _small_tables(model: onnx.ModelProto) -> int:
         model.graph.node.remove(node)
         for one in reversed(made):
             model.graph.node.insert(position, one)
-    _drop_unused(model)
+    drop_unused(model)
     return len(readers)
-
-
-def _drop_unused(model: onnx.ModelProto) -> None:
-    """Take out constants that no node takes."""
-    used = {name for node in model.graph.node for name in node.input}
-    for one in list(model.graph.initializer):
-        if one.name not in used:
-            model.graph.initializer.remove(one)
 
 
 def _within_memory(model: onnx.ModelProto, batches: Sequence[Sequence[Array]]) -> Sequence[Sequence[Array]]:
