@@ -19,8 +19,12 @@ T = TypeVar("T")
 NICENESS: Final = 10
 """Of threads beside the event loop's. Where they want one core, the loop gets nine tenths of it."""
 
-LEAD_SECONDS: Final = 0.012
+LEAD_SECONDS: Final = 0.004
 """So much more a model on the loop may have used than one in a lane, whose time shows when its batch ends."""
+
+SAVED_SECONDS: Final = 0.005
+"""So much less than the others who comes back may have used: callers who wait for each answer before they
+ask again leave a model without work for a moment after each batch, and it would lose its turn each time."""
 
 MOST_BEHIND_SECONDS: Final = 0.25
 """Who comes late is not further behind than that: the others wait no longer until it has caught up."""
@@ -61,7 +65,8 @@ class Ledger:
     """Who has used how much, of those who want more.
 
     That is start-time fair queueing (Goyal, Vin and Cheng, 1996): whoever has used the least
-    goes first, and whoever comes back after a pause has neither debts nor savings.
+    goes first, and whoever comes back after a pause has neither debts nor savings, but for a few
+    milliseconds' worth (as Linux's scheduler has left tasks that slept; Molnar, *CFS*, 2007).
     """
 
     def __init__(self) -> None:
@@ -75,7 +80,7 @@ class Ledger:
         if spent and customer not in self._active:
             # Some may have used more than a newcomer's turns would make up for soon.
             least = max(least, max(spent) - MOST_BEHIND_SECONDS)
-        customer.spent_seconds = max(customer.spent_seconds, least)
+        customer.spent_seconds = max(customer.spent_seconds, least - SAVED_SECONDS)
         self._active.append(customer)
 
     def leave(self, customer: Customer) -> None:

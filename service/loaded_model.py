@@ -58,7 +58,7 @@ class LoadedModel:
         seconds = self.network.seconds_per_input
         # A batch on the event loop must stay short, or everybody else waits for it; one in a
         # lane must end some day, or the other models wait for it.
-        inline = runs_inline(seconds, settings.inline_ms)
+        inline = runs_inline(self.network, settings.inline_ms)
         longest_batch_ms = settings.inline_ms if inline else policy.batch_ms
         fits = max(1, int(longest_batch_ms / 1000 / seconds))
         length_axis = _length_axis(room)
@@ -114,9 +114,9 @@ def _batcher_type(settings: Settings) -> type[Batcher]:
     return TracedBatcher
 
 
-def runs_inline(seconds_per_input: float, inline_ms: float) -> bool:
+def runs_inline(network: Network, inline_ms: float) -> bool:
     """Whether batches run on the event loop: where at least `LEAST_INLINE` inputs fit into its time."""
-    return LEAST_INLINE * seconds_per_input * 1000 <= inline_ms
+    return network.seconds_for(LEAST_INLINE) * 1000 <= inline_ms
 
 
 def _length_axis(room: Room) -> int | None:

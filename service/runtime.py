@@ -1,5 +1,6 @@
 """Networks at work: ONNX Runtime sessions, checked against their room and warmed before they serve."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -94,7 +95,7 @@ class Network:
         refuse_other_provider(profile.name, session.get_providers())
         self.room = room
         self.provider: str = session.get_providers()[0]
-        self.seconds_per_input = 0.0
+        self._seconds_of: dict[int, float] = {}
         # Of a CPU's time, what others ran meanwhile is not this network's. Other threads' time, and
         # a GPU's, is only seen as time that passed.
         is_all_in_the_caller = not profile.is_gpu and options.intra_op_num_threads == 1
@@ -135,8 +136,7 @@ class Network:
     def warm_up(self, sample: Sample, max_batch: int = 1) -> None:
         """Run a sample at several batch sizes, so that the first caller waits no longer than the hundredth.
 
-        Leaves the time that one input takes, at the batch size where it took longest,
-        in `seconds_per_input`.
+        From then on `seconds_per_input` and `seconds_for` know how long it takes.
 
         Args:
             sample: What to run.
@@ -148,8 +148,17 @@ class Network:
             for _ in range(WARM_UP_RUNS):
                 started = time.perf_counter()
                 self.run([sample] * size)
-                seconds.append((time.perf_counter() - started) / size)
-            self.seconds_per_input = max(self.seconds_per_input, min(seconds))
+                seconds.append(time.perf_counter() - started)
+            self._seconds_of[size] = min(seconds)
+
+    @property
+    def seconds_per_input(self) -> float:
+        """The time that one input takes, at the batch size where it takes longest; 0 before the warm-up."""
+        return max((seconds / size for size, seconds in self._seconds_of.items()), default=0.0)
+
+    def seconds_for(self, count: int) -> float:
+        """The time that so many inputs take, in the best of the sizes that were warmed."""
+        return min(seconds * math.ceil(count / size) for size, seconds in self._seconds_of.items())
 
     def _run_bound(self, feed: Mapping[str, Array]) -> list[Array]:
         """Run a batch on the rung that it fits on, in places made beforehand."""

@@ -22,7 +22,7 @@ class Bare:
         _, files, network = served(DIGIT, settings)
         # On the event loop or in a lane, by the rule that the service goes by.
         milliseconds = network.seconds_per_input * 1000
-        inline = runs_inline(network.seconds_per_input, settings.inline_ms)
+        inline = runs_inline(network, settings.inline_ms)
         fits_inline = max(1, int(settings.inline_ms / milliseconds))
         self._version = str(files.version)
         self._batcher = Batcher(

@@ -14,7 +14,15 @@ import pytest
 
 from service.batcher import LARGEST_WASTE, PATIENCE_SECONDS, Batcher, Priority, Row
 from service.errors import DeadlineExceeded, InternalError, Overloaded
-from service.lanes import LEAD_SECONDS, MOST_BEHIND_SECONDS, NICENESS, Lanes, Ledger, LoopTurns
+from service.lanes import (
+    LEAD_SECONDS,
+    MOST_BEHIND_SECONDS,
+    NICENESS,
+    SAVED_SECONDS,
+    Lanes,
+    Ledger,
+    LoopTurns,
+)
 from service.models.spec import Sample
 
 POISON = -1
@@ -458,11 +466,27 @@ async def test_who_was_alone_for_long_is_not_kept_waiting_by_those_who_come_late
         ledger.enter(batcher)
         batcher.spent_seconds = spent
     ledger.enter(newcomer)
-    assert newcomer.spent_seconds == 60 - MOST_BEHIND_SECONDS
+    assert newcomer.spent_seconds == 60 - MOST_BEHIND_SECONDS - SAVED_SECONDS
     for batcher in (much, newcomer, little):
         ledger.leave(batcher)
     ledger.enter(last)
-    assert last.spent_seconds == 60
+    assert last.spent_seconds == 60 - SAVED_SECONDS
+
+
+async def test_who_is_away_for_a_moment_after_each_turn_does_not_lose_its_place() -> None:
+    """Callers who wait for each answer leave their model without work again and again."""
+    ledger = Ledger()
+    steady, often_away = (Batcher(Doubler(), queue_size=1, max_batch=1) for _ in range(2))
+    ledger.enter(steady)
+    for _ in range(100):
+        steady.spent_seconds += SAVED_SECONDS / 2
+        ledger.enter(often_away)
+        assert often_away.spent_seconds < steady.spent_seconds
+        often_away.spent_seconds += SAVED_SECONDS / 8
+        ledger.leave(often_away)
+    steady.spent_seconds += 10
+    ledger.enter(often_away)
+    assert often_away.spent_seconds == steady.spent_seconds - SAVED_SECONDS, "a real pause is not saved up"
 
 
 async def test_one_turn_that_fails_costs_the_others_nothing() -> None:
