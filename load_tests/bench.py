@@ -241,7 +241,8 @@ class Bench:
         problems = {row.name: self._check(running, row) for row in rows}
         with ThreadPoolExecutor(len(rows)) as crowd:
             loads: list[Load] = []
-            for seconds in (self._options.warm_up, self._options.seconds):
+            # So long that each gets about as many answers as alone: what is under way at the end is not counted.
+            for seconds in (self._options.warm_up, self._options.seconds * len(rows)):
                 sending = [crowd.submit(self._send, running, row, seconds, scratch) for row in rows]
                 loads = [one.result() for one in sending]
         memory = round(running.memory_mib(), 1)

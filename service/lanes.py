@@ -23,8 +23,8 @@ LEAD_SECONDS: Final = 0.004
 """So much more a model on the loop may have used than one in a lane, whose time shows when its batch ends."""
 
 SAVED_SECONDS: Final = 0.005
-"""So much less than the others who comes back may have used: callers who wait for each answer before they
-ask again leave a model without work for a moment after each batch, and it would lose its turn each time."""
+"""So much less than the others a model on the loop may have used when it comes back. Its callers wait for
+each answer before they ask again, which leaves it without work for a moment after every batch."""
 
 MOST_BEHIND_SECONDS: Final = 0.25
 """Who comes late is not further behind than that: the others wait no longer until it has caught up."""
@@ -65,22 +65,27 @@ class Ledger:
     """Who has used how much, of those who want more.
 
     That is start-time fair queueing (Goyal, Vin and Cheng, 1996): whoever has used the least
-    goes first, and whoever comes back after a pause has neither debts nor savings, but for a few
-    milliseconds' worth (as Linux's scheduler has left tasks that slept; Molnar, *CFS*, 2007).
+    goes first, and whoever comes back after a pause has neither debts nor savings, or small ones
+    (as Linux's scheduler has left tasks that slept; Molnar, *CFS Scheduler*, 2007).
     """
 
     def __init__(self) -> None:
         self._active: list[Customer] = []
         self._most_seen = 0.0
 
-    def enter(self, customer: Customer) -> None:
-        """Note that the customer wants something, once for each thing."""
+    def enter(self, customer: Customer, saved_seconds: float = 0.0) -> None:
+        """Note that the customer wants something, once for each thing.
+
+        Args:
+            customer: Who wants it.
+            saved_seconds: So much less than all others it may have used.
+        """
         spent = [one.spent_seconds for one in self._active]
         least = min(spent, default=self._most_seen)
         if spent and customer not in self._active:
             # Some may have used more than a newcomer's turns would make up for soon.
             least = max(least, max(spent) - MOST_BEHIND_SECONDS)
-        customer.spent_seconds = max(customer.spent_seconds, least - SAVED_SECONDS)
+        customer.spent_seconds = max(customer.spent_seconds, least - saved_seconds)
         self._active.append(customer)
 
     def leave(self, customer: Customer) -> None:
@@ -178,7 +183,7 @@ class LoopTurns:
 
     def ask(self, customer: LoopCustomer) -> None:
         """Call the customer's `run_turn` once, in the loop's next turn or in one soon after."""
-        self._ledger.enter(customer)
+        self._ledger.enter(customer, SAVED_SECONDS)
         self._book(customer)
 
     def _book(self, customer: LoopCustomer) -> None:

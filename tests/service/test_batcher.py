@@ -466,11 +466,11 @@ async def test_who_was_alone_for_long_is_not_kept_waiting_by_those_who_come_late
         ledger.enter(batcher)
         batcher.spent_seconds = spent
     ledger.enter(newcomer)
-    assert newcomer.spent_seconds == 60 - MOST_BEHIND_SECONDS - SAVED_SECONDS
+    assert newcomer.spent_seconds == 60 - MOST_BEHIND_SECONDS
     for batcher in (much, newcomer, little):
         ledger.leave(batcher)
     ledger.enter(last)
-    assert last.spent_seconds == 60 - SAVED_SECONDS
+    assert last.spent_seconds == 60
 
 
 async def test_who_is_away_for_a_moment_after_each_turn_does_not_lose_its_place() -> None:
@@ -480,12 +480,12 @@ async def test_who_is_away_for_a_moment_after_each_turn_does_not_lose_its_place(
     ledger.enter(steady)
     for _ in range(100):
         steady.spent_seconds += SAVED_SECONDS / 2
-        ledger.enter(often_away)
+        ledger.enter(often_away, SAVED_SECONDS)
         assert often_away.spent_seconds < steady.spent_seconds
         often_away.spent_seconds += SAVED_SECONDS / 8
         ledger.leave(often_away)
     steady.spent_seconds += 10
-    ledger.enter(often_away)
+    ledger.enter(often_away, SAVED_SECONDS)
     assert often_away.spent_seconds == steady.spent_seconds - SAVED_SECONDS, "a real pause is not saved up"
 
 
