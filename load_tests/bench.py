@@ -241,7 +241,7 @@ class Bench:
         problems = {row.name: self._check(running, row) for row in rows}
         with ThreadPoolExecutor(len(rows)) as crowd:
             loads: list[Load] = []
-            # So long that each gets about as many answers as alone: what is under way at the end is not counted.
+            # So long that each gets about as many answers as alone. What is under way at the end is lost.
             for seconds in (self._options.warm_up, self._options.seconds * len(rows)):
                 sending = [crowd.submit(self._send, running, row, seconds, scratch) for row in rows]
                 loads = [one.result() for one in sending]
