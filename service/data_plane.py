@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import psutil
@@ -29,7 +30,7 @@ from service.errors import (
 )
 from service.keys import Keys
 from service.lanes import Lanes, LoopTurns, step_back
-from service.loaded_model import LoadedModel, Statistics, statistics
+from service.loaded_model import LoadedModel, Statistics, prepare, statistics
 from service.metrics import Board, Counter, Histogram
 from service.models import MODELS
 from service.models.spec import Answer, Inputs, Room, Sample
@@ -254,20 +255,18 @@ class DataPlane:
             InternalError: the network failed on one of these inputs.
         """
         self._admit(loaded, inputs)
-        started = time.perf_counter()
         try:
             if self.is_quick(loaded, inputs):
-                samples = _prepare(loaded.room, inputs)
-                seconds = time.perf_counter() - started
+                samples = loaded.prepare(inputs)
             else:
-                loop = asyncio.get_running_loop()
+                started, loop = time.perf_counter(), asyncio.get_running_loop()
                 samples, seconds = await loop.run_in_executor(
                     self._preparers, _timed_prepare, loaded.room, inputs
                 )
+                loaded.prepared(time.perf_counter() - started, seconds)
         except BaseException:
             loaded.batcher.release(len(inputs))
             raise
-        loaded.prepared(time.perf_counter() - started, seconds)
         job = await loaded.batcher.run(samples, deadline, priority)
         return loaded.answers(job), job
 
@@ -280,7 +279,7 @@ class DataPlane:
         size: int,
         on_done: Callable[[Job], None],
     ) -> Job | None:
-        """Have a request answered without a task, where all goes well and nothing has to wait but its batch.
+        """Have a request answered without a task, where nothing has to wait but its batch.
 
         Args:
             loaded: What `find` gave.
@@ -296,7 +295,7 @@ class DataPlane:
             The job; None where there is none: then nothing has happened, and `predict` knows what is wrong.
         """
         batcher = loaded.batcher
-        if not (batcher.is_inline and self.is_quick(loaded, inputs)):
+        if not (batcher.makes_samples and self.is_quick(loaded, inputs)):
             return None
         try:
             self.enter(size)
@@ -307,16 +306,8 @@ class DataPlane:
         except (BadInput, Overloaded):
             self.leave(size)
             return None
-        started = time.perf_counter()
-        try:
-            samples = _prepare(loaded.room, inputs)
-        except Exception:
-            batcher.release(len(inputs))
-            self.leave(size)
-            return None
-        seconds = time.perf_counter() - started
-        loaded.prepared(seconds, seconds)
-        job = batcher.job_type(samples, deadline, on_done)
+        job = batcher.job_type(len(inputs), deadline, on_done)
+        job.prepare = partial(loaded.prepare, inputs)
         batcher.submit(job, priority)
         return job
 
@@ -487,22 +478,10 @@ class DataPlane:
         self._preparers.shutdown(wait=False, cancel_futures=True)
 
 
-def _prepare(room: Room, inputs: Sequence[Inputs]) -> list[Sample]:
-    """Every input to its sample; an error says which input it is about, if there are several."""
-    samples = []
-    for index, item in enumerate(inputs):
-        try:
-            samples.append(room.to_tensor(item))
-        except BadInput as error:
-            error.index = index if len(inputs) > 1 else None
-            raise
-    return samples
-
-
 def _timed_prepare(room: Room, inputs: Sequence[Inputs]) -> tuple[list[Sample], float]:
-    """The same, and the seconds that its thread was at it."""
+    """Samples, and the seconds that the calling thread was at making them."""
     started = time.thread_time()
-    return _prepare(room, inputs), time.thread_time() - started
+    return prepare(room, inputs), time.thread_time() - started
 
 
 async def off_the_loop(size: int, function: Callable[..., T], *arguments: Any) -> T:

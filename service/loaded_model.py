@@ -8,9 +8,10 @@ from typing import Final
 import numpy as np
 
 from service.batcher import Batcher, Job
+from service.errors import BadInput
 from service.lanes import Lanes, LoopTurns
 from service.metrics import Board, Tally
-from service.models.spec import Answer, Room, Sample
+from service.models.spec import Answer, Inputs, Room, Sample
 from service.providers import Profile
 from service.repository import ModelFiles
 from service.runtime import Network, NetworkMismatch
@@ -84,6 +85,18 @@ class LoadedModel:
             files.card["files"][files.variant]["sha256"],
         )
 
+    def prepare(self, inputs: Sequence[Inputs]) -> list[Sample]:
+        """Turn a request's inputs into samples, at once.
+
+        Raises:
+            BadInput: one cannot be; its `index` says which, of several.
+        """
+        started = time.perf_counter()
+        samples = prepare(self.room, inputs)
+        seconds = time.perf_counter() - started
+        self.prepared(seconds, seconds)
+        return samples
+
     def prepared(self, seconds: float, spent_seconds: float) -> None:
         """Count that a request's inputs were turned into tensors.
 
@@ -103,6 +116,18 @@ class LoadedModel:
         self.meters.postprocess_seconds.observe(seconds)
         self.batcher.spent_seconds += seconds
         return answers
+
+
+def prepare(room: Room, inputs: Sequence[Inputs]) -> list[Sample]:
+    """Every input to its sample; an error says which input it is about, if there are several."""
+    samples = []
+    for index, item in enumerate(inputs):
+        try:
+            samples.append(room.to_tensor(item))
+        except BadInput as error:
+            error.index = index if len(inputs) > 1 else None
+            raise
+    return samples
 
 
 def _batcher_type(settings: Settings) -> type[Batcher]:

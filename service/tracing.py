@@ -35,7 +35,6 @@ from service.grpc_calls import Answered, Call, Tell
 from service.http import Request, Response
 from service.http2 import literal
 from service.metrics import Board
-from service.models.spec import Sample
 from service.rest import RestDoor
 from service.version import VERSION
 
@@ -147,7 +146,7 @@ class Tracer:
                 for turn in job.turns:
                     self._part(trace, "run", turn.started, turn.ended, [Link(turn.batch)])
                 self._part(trace, "answer", job.turns[-1].ended, ended)
-            span.set_attribute("quintet.inputs", len(job.samples))
+            span.set_attribute("quintet.inputs", job.count)
         span.end(_ns(ended, trace.offset_ns))
 
     def _part(
@@ -185,10 +184,8 @@ class TracedJob(Job):
 
     __slots__ = ("trace", "turns")
 
-    def __init__(
-        self, samples: Sequence[Sample], deadline: float | None, on_done: Callable[[Job], None]
-    ) -> None:
-        super().__init__(samples, deadline, on_done)
+    def __init__(self, count: int, deadline: float | None, on_done: Callable[[Job], None]) -> None:
+        super().__init__(count, deadline, on_done)
         self.turns: list[Turn] = []
         self.trace = CURRENT.get()
         if self.trace is not None:
@@ -205,10 +202,10 @@ class TracedBatcher(Batcher):
             jobs = {id(job): job for job, _ in batch if isinstance(job, TracedJob)}.values()
             traced = {id(job.trace): job.trace for job in jobs if job.trace and job.trace.is_recorded}
             if traced:
-                traces, ended = list(traced.values()), time.perf_counter()
-                context = traces[0].tracer.batch(traces, len(batch), ended - ran.seconds, ended)
+                traces, ended = list(traced.values()), ran.started + ran.seconds
+                context = traces[0].tracer.batch(traces, len(batch), ran.started, ended)
                 for job in jobs:
-                    job.turns.append(Turn(context, ended - ran.seconds, ended))
+                    job.turns.append(Turn(context, ran.started, ended))
         super()._finish(batch, ran)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.batcher import LARGEST_WASTE, PATIENCE_SECONDS, Batcher, Priority, Row
-from service.errors import DeadlineExceeded, InternalError, Overloaded
+from service.batcher import LARGEST_WASTE, PATIENCE_SECONDS, Batcher, Job, Priority, Row
+from service.errors import BadInput, DeadlineExceeded, InternalError, Overloaded
 from service.lanes import (
     LEAD_SECONDS,
     MOST_BEHIND_SECONDS,
@@ -549,6 +549,93 @@ async def test_who_comes_back_after_a_pause_has_no_savings(lanes: Lanes) -> None
     turns.clear()
     await asyncio.gather(ask(one, *range(10)), ask(other, *range(10)))
     assert 3 <= turns[:10].count("one") <= 7
+
+
+def unprepared(
+    batcher: Batcher, make: Callable[[], Sequence[Sample]], done: list[Job], *, count: int = 1
+) -> Job:
+    """A request whose samples are not there yet, in the queue."""
+    batcher.admit(count)
+    job = batcher.job_type(count, None, done.append)
+    job.prepare = make
+    batcher.submit(job, Priority.NORMAL)
+    return job
+
+
+async def settled(done: list[Job], count: int) -> None:
+    """Wait until so many jobs are done."""
+    for _ in range(1000):
+        if len(done) == count:
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError(f"{len(done)} of {count} jobs are done")
+
+
+async def test_samples_that_are_not_there_are_made_when_their_batch_runs() -> None:
+    doubler, done, made = Doubler(), list[Job](), list[int]()
+    batcher = Batcher(doubler, queue_size=10, max_batch=2)
+
+    def make(*numbers: int) -> Callable[[], Sequence[Sample]]:
+        def samples_of() -> Sequence[Sample]:
+            made.extend(numbers)
+            return samples(*numbers)
+
+        return samples_of
+
+    asked = asyncio.create_task(ask(batcher, 7))
+    await a_turn_of_the_loop()
+    unprepared(batcher, make(1, 2, 3), done, count=3)
+    unprepared(batcher, make(4), done)
+    assert not made
+    await settled(done, 2)
+    assert await asked == [14]
+    assert [numbers_in(job.rows) for job in done] == [[2, 4, 6], [8]]
+    assert doubler.batches == [[7, 1], [2, 3], [4]]
+    assert made == [1, 2, 3, 4], "each once"
+    assert batcher.depth == 0
+
+
+async def test_samples_that_cannot_be_made_are_the_trouble_of_their_request_alone() -> None:
+    doubler, done = Doubler(), list[Job]()
+    batcher = Batcher(doubler, queue_size=10, max_batch=8)
+
+    def damaged() -> Sequence[Sample]:
+        raise BadInput("The picture is damaged.")
+
+    def broken() -> Sequence[Sample]:
+        raise ZeroDivisionError
+
+    bad = unprepared(batcher, damaged, done, count=3)
+    good = unprepared(batcher, lambda: samples(1, 2), done, count=2)
+    worse = unprepared(batcher, broken, done)
+    await settled(done, 3)
+    assert isinstance(bad.error, BadInput)
+    assert isinstance(worse.error, InternalError)
+    assert bad.error.__traceback__ is None, "it would keep the request alive"
+    assert numbers_in(good.rows) == [2, 4]
+    assert doubler.batches == [[1, 2]]
+    assert batcher.depth == 0
+    assert await ask(batcher, 5) == [10]
+
+
+async def test_nothing_is_made_for_those_who_have_gone() -> None:
+    doubler, done, made = Doubler(), list[Job](), list[int]()
+    batcher = Batcher(doubler, queue_size=10, max_batch=8)
+
+    def make() -> Sequence[Sample]:
+        made.append(1)
+        return samples(1)
+
+    unprepared(batcher, make, done).give_up()
+    assert await ask(batcher, 5) == [10]
+    assert not made
+    assert batcher.depth == 0
+
+
+def test_batchers_that_must_know_samples_beforehand_say_so(lanes: Lanes) -> None:
+    assert Batcher(Doubler(), queue_size=1, max_batch=1).makes_samples
+    assert not Batcher(Doubler(), queue_size=1, max_batch=1, lanes=lanes).makes_samples
+    assert not Batcher(Doubler(), queue_size=1, max_batch=1, length_of=lambda sample: 1).makes_samples
 
 
 async def test_higher_priorities_go_first_and_equals_keep_their_order(lanes: Lanes) -> None:
