@@ -13,7 +13,7 @@ from service.models.spec import Array
 from service.providers import eight_bit_instructions
 from service.settings import cores
 
-BATCHES: Final = (1, 8, 32)
+BATCHES: Final = (1, 2, 8, 32)
 ROUNDS: Final = 2
 SECONDS: Final = 0.1
 """Of one core's time: how long one setting is measured in one round."""

@@ -23,6 +23,9 @@ from service.providers import eight_bit_instructions
 INT8: Final = 3
 """ONNX's number of the datatype (`TensorProto.DataType`)."""
 
+EIGHT_BIT_LAYER: Final = "DequantizeLinear"
+"""The operator that an eight-bit layer's weights go through (ONNX's QDQ format)."""
+
 LEAST_CHANNELS: Final = 64
 """Each pixel's channels are copied in one piece, and shorter pieces cost more than the product saves."""
 
@@ -48,6 +51,9 @@ def for_matrix_units(network: bytes) -> bytes:
     Returns:
         A file that gives the same answers.
     """
+    if EIGHT_BIT_LAYER.encode() not in network:
+        # Nothing to read a file of many megabytes for.
+        return network
     try:
         model = onnx.Model.FromString(network)
     except DecodeError:
@@ -57,7 +63,7 @@ def for_matrix_units(network: bytes) -> bytes:
     convolved = {node.input[1] for node in model.graph.node if node.op_type == "Conv"}
     changed = False
     for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or node.output[0] not in convolved:
+        if node.op_type != EIGHT_BIT_LAYER or len(node.input) < 3 or node.output[0] not in convolved:
             continue
         weights, zero_point = constants.get(node.input[0]), constants.get(node.input[2])
         # A zero point for this layer alone is made below; weights that others read, too, are left alone.
