@@ -63,18 +63,13 @@ def _normalise_before_pooling(model: onnx.ModelProto) -> int:
             continue
         scale, shift, mean, variance = (constants[name] for name in normalisation.input[1:5])
         epsilon = next((one.f for one in normalisation.attribute if one.name == "epsilon"), 1e-5)
-        factors = (scale / np.sqrt(variance.astype(np.float64) + epsilon)).astype(np.float64)
+        factors = scale / np.sqrt(variance.astype(np.float64) + epsilon)
         if factors.min() <= 0:
             continue
         weights = constants[convolution.input[1]]
         bias = constants[convolution.input[2]] if len(convolution.input) > 2 else np.zeros_like(mean)
-        _replace(
-            graph,
-            convolution,
-            1,
-            weights * factors.reshape(-1, *[1] * (weights.ndim - 1)),
-            normalisation.name,
-        )
+        scaled = weights * factors.reshape(-1, *[1] * (weights.ndim - 1))
+        _replace(graph, convolution, 1, scaled, normalisation.name)
         _replace(graph, convolution, 2, (bias - mean) * factors + shift, normalisation.name)
         pooling.output[0] = normalisation.output[0]
         graph.node.remove(normalisation)
