@@ -1,12 +1,13 @@
 """Servers under test: started on free ports, watched, and gone at the end whatever happens."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -20,6 +21,9 @@ from load_tests.scenarios import HOST, Server
 ROOT: Final = Path(__file__).resolve().parents[1]
 
 LOG: Final = "server.log"
+
+LOWEST_PORT: Final = 10_000
+"""Below are those that known services have, ours among them."""
 
 START_SECONDS: Final = 120
 """How long a server may take until it answers."""
@@ -42,13 +46,25 @@ class NotInstalled(ServerFailed):
     """A peer has no environment; the message has the command that makes it."""
 
 
-def free_ports() -> tuple[int, int]:
-    """Two ports that nobody listens on."""
-    # Both are open before one is closed, or the kernel might name one twice.
-    with socket.socket() as one, socket.socket() as other:
-        one.bind((HOST, 0))
-        other.bind((HOST, 0))
-        return one.getsockname()[1], other.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, outside those that the kernel gives to outgoing connections.
+
+    A server binds its port only once it has loaded its models: any client on the machine could be
+    given one of the kernel's by then.
+    """
+    kernels = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    below = int(kernels.read_text().split()[0]) if kernels.exists() else LOWEST_PORT
+    # Where the kernel takes nearly all ports for itself, it is asked for some.
+    ports = range(LOWEST_PORT, below) or [0]
+    found: list[int] = []
+    # All are open before one is closed, or one might be found twice.
+    with ExitStack() as sockets:
+        while len(found) < count:
+            one = sockets.enter_context(socket.socket())
+            with suppress(OSError):
+                one.bind(("", secrets.choice(ports)))
+                found.append(one.getsockname()[1])
+    return found
 
 
 class Running:
@@ -67,7 +83,7 @@ class Running:
             network: The ONNX file, for a server that is given one.
         """
         self.server = server
-        self.port, self.grpc_port = free_ports()
+        self.port, self.grpc_port = free_ports(2)
         self._scratch = scratch
         self._environment = os.environ | {
             "QUINTET_MODELS": str(models),

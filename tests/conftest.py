@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import psutil
 import pytest
 from sklearn.datasets import load_digits
 
+from load_tests.servers import free_ports
 from service.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,12 +59,9 @@ class QuintetServer:
     ) -> None:
         self.settings = {"models": MODELS_FOLDER, "workers": 2, **settings}
         self._log = folder / "log"
-        # Both sockets are open before one is closed, or the kernel might name a port twice.
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            other.bind(("127.0.0.1", 0))
-            self.http_port: int = http_port or one.getsockname()[1]
-            self.grpc_port: int = int(settings.get("grpc_port", other.getsockname()[1]))
+        free_http_port, free_grpc_port = free_ports(2)
+        self.http_port: int = http_port or free_http_port
+        self.grpc_port: int = int(settings.get("grpc_port", free_grpc_port))
         self.settings["grpc_port"] = self.grpc_port
         environment = {name: value for name, value in os.environ.items() if not name.startswith("QUINTET_")}
         environment |= {f"QUINTET_{name.upper()}": _as_text(value) for name, value in self.settings.items()}

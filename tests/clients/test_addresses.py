@@ -1,13 +1,14 @@
 """Addresses that are wrong, secure or not yet awake: one sentence each, with the cause and the cure."""
 
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from quintet_client import Client, QuintetError, ServerError, Unavailable, Untrusted
+
+from load_tests.servers import free_ports
 
 from .conftest import Ask
 from .stand_in import GOOD, STARTING, Certificate
@@ -57,9 +58,8 @@ def test_a_file_of_certificates_that_is_none_is_refused(scheme: str, tmp_path: P
 
 @pytest.mark.parametrize("scheme", ["http", "https", "grpc", "grpcs"])
 async def test_where_nothing_listens_the_cure_is_named(ask: Ask, scheme: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"{scheme}://127.0.0.1:{free.getsockname()[1]}"
+    (port,) = free_ports(1)
+    url = f"{scheme}://127.0.0.1:{port}"
     with pytest.raises(Unavailable, match=r"No service answers at .*: nothing listens there; start one"):
         await ask(url, "sentiment", "loved it", client={"retries": 0})
 

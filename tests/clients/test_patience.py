@@ -1,6 +1,5 @@
 """When a client tries again, when it gives up, and what it raises then."""
 
-import socket
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -21,6 +20,8 @@ from quintet_client import (
     Unauthenticated,
     Unavailable,
 )
+
+from load_tests.servers import free_ports
 
 from .conftest import Ask
 from .stand_in import BUSY, GOOD, STARTING, GrpcStandIn, HttpStandIn, Reply
@@ -113,9 +114,8 @@ async def test_the_service_is_told_how_long_the_caller_waits(ask: Ask) -> None:
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 async def test_nobody_there_is_unavailable(ask: Ask, scheme: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"{scheme}://127.0.0.1:{free.getsockname()[1]}"
+    (port,) = free_ports(1)
+    url = f"{scheme}://127.0.0.1:{port}"
     with pytest.raises(Unavailable):
         await ask(url, "sentiment", "loved it", client={"retries": 1})
     assert await ask(url, "is_ready") is False

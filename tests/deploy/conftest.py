@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,6 @@ import httpx
 import pytest
 
 from tests.conftest import MODELS_FOLDER
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="session")

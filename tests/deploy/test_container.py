@@ -22,10 +22,11 @@ import httpx
 import pytest
 from quintet_client import AsyncClient
 
+from load_tests.servers import free_ports
 from service.models.spec import Room
 from tests.conftest import ROOT, SHIPPED
 
-from .conftest import Load, free_port
+from .conftest import Load
 
 REQUIREMENTS = ROOT / "requirements"
 IMAGE = os.environ.get("QUINTET_TEST_IMAGE", "")
@@ -124,7 +125,7 @@ class Container:
 
 @contextmanager
 def running(**environment: str) -> Iterator[Container]:
-    port, grpc_port = free_port(), free_port()
+    port, grpc_port = free_ports(2)
     name = f"quintet-test-{port}"
     settings = {"BENTOML_PORT": str(port), "QUINTET_GRPC_PORT": str(grpc_port), "QUINTET_WORKERS": "2"}
     process = start(name, environment=settings | environment)
@@ -230,7 +231,7 @@ async def test_a_killed_worker_is_replaced_and_costs_only_what_it_had_under_way(
     ],
 )
 def test_it_refuses_to_start_in_a_sentence(memory: str, environment: dict[str, str], says: str) -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     own = {"BENTOML_PORT": str(port), "QUINTET_GRPC_PORT": "0"}
     process = start(f"quintet-test-{port}", memory=memory, environment=own | environment)
     output, _ = process.communicate(timeout=START_SECONDS)

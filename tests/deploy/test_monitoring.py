@@ -16,11 +16,12 @@ import psutil
 import pytest
 import yaml
 
+from load_tests.servers import free_ports
 from service.metrics import FAMILIES, PUBLIC
 from tests.conftest import ROOT, QuintetServer, StartQuintet
 from tests.service.knocking import GrpcClient, picture_request
 
-from .conftest import Load, free_port
+from .conftest import Load
 
 DEPLOY = ROOT / "deploy"
 RULES = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())
@@ -134,7 +135,7 @@ class Prometheus:
         (job,) = config["scrape_configs"]
         job["static_configs"] = [{"targets": [target]}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        self._port = free_port()
+        (self._port,) = free_ports(1)
         self._log = (folder / "log").open("wb")
         self._process = subprocess.Popen(
             [

@@ -13,9 +13,8 @@ import httpx
 import pytest
 from quintet_client import AsyncClient
 
+from load_tests.servers import free_ports
 from tests.conftest import ROOT
-
-from .conftest import free_port
 
 pytestmark = pytest.mark.skipif(
     find_spec("ray") is None, reason="Ray is not installed here: pip install 'ray[serve]', or the extra `ray`"
@@ -59,7 +58,7 @@ def wait_for(running: "subprocess.Popen[str]", word: str) -> None:
 async def test_a_lost_node_costs_nothing_that_retries_do_not_recover(
     digit_only: Path, digit_pngs: list[tuple[bytes, str]]
 ) -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     pictures = [picture for picture, _ in digit_pngs]
     with cluster(digit_only, port) as running:
         wait_for(running, "ready")

@@ -12,9 +12,10 @@ import httpx
 import pytest
 from quintet_client import AsyncClient
 
+from load_tests.servers import free_ports
 from tests.conftest import ROOT, QuintetServer, StartQuintet
 
-from .conftest import Load, free_port
+from .conftest import Load
 
 REQUESTS = 10_000
 
@@ -44,7 +45,7 @@ class Balancer:
     """HAProxy before two instances, as `deploy/haproxy` sets it up."""
 
     def __init__(self, folder: Path, first: QuintetServer, second: QuintetServer) -> None:
-        self._port = free_port()
+        (self._port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self._port}"
         program = shutil.which("haproxy") or "/usr/sbin/haproxy"
         environment = os.environ | {

@@ -1,7 +1,6 @@
 """gRPC requests that begin like one before: answered with what is kept of that, as if nothing were."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
+from load_tests.servers import free_ports
 from service import open_inference
 from service.commands import Commands
 from service.data_plane import DataPlane
@@ -266,9 +266,7 @@ async def door(tmp_path: Path) -> AsyncIterator[NotingDoor]:
 
 @asynccontextmanager
 async def stub_of(door: NotingDoor) -> AsyncIterator[Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     await door.start("127.0.0.1", port)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]) as channel:

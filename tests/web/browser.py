@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from load_tests.servers import free_ports
 
 FLAGS = [
     "--headless",
@@ -178,9 +179,7 @@ class Browser:
 @contextlib.contextmanager
 def start_browser() -> Iterator[Browser]:
     """A browser with nothing remembered, for as long as the `with` lasts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     driver_program, browser_program = shutil.which("chromedriver"), shutil.which("chromium")
     assert driver_program, "needs Debian's package chromium-driver"
     with (
