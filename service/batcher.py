@@ -11,19 +11,21 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from functools import partial
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import structlog
 
 from service.errors import DeadlineExceeded, InternalError, Overloaded, QuintetError
 from service.lanes import Lanes, LoopTurns
-from service.models.spec import Array, Sample
+from service.models.spec import Array, Inputs, Sample
 
 Row = tuple[Array, ...]
 RunNetwork = Callable[[Sequence[Sample]], list[Row]]
+MakeSamples = Callable[[Sequence[Inputs]], Sequence[Sample | QuintetError]]
 
 LARGEST_WASTE: Final = 0.1
 """At most this share of a batch is padding."""
@@ -43,6 +45,9 @@ NONE_WAITING: Final[list[int]] = []
 NO_LENGTHS: Final[list[int]] = []
 """Shared by all jobs whose samples have no lengths; nobody adds to them."""
 
+NOT_MADE: Final = Sample(())
+"""In the place of a sample until its batch runs."""
+
 
 class Priority(IntEnum):
     """Who goes first; of equals, who came first."""
@@ -55,7 +60,7 @@ class Priority(IntEnum):
 class Job:
     """The samples of one request on their way through the batches.
 
-    They are there from the start, or `prepare` makes them when the first is to run.
+    They are there from the start, or each is made of its input when its batch runs.
 
     Once it is done, `rows` has one row for each sample, in order; `queue_seconds` is how long
     the first of them waited, `compute_seconds` the time of all its batches, `batch_size` that
@@ -65,22 +70,28 @@ class Job:
 
     __slots__ = (
         "_on_done", "batch_size", "caller", "compute_seconds", "count", "deadline", "entered", "error",
-        "is_done", "left", "lengths", "next", "prepare", "queue_seconds", "rows", "samples", "timer",
+        "inputs", "is_done", "left", "lengths", "next", "queue_seconds", "rows", "samples", "timer",
         "waiting",
     )  # fmt: skip
 
-    def __init__(self, count: int, deadline: float | None, on_done: "Callable[[Job], None]") -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Inputs],
+        samples: list[Sample] | None,
+        deadline: float | None,
+        on_done: "Callable[[Job], None]",
+    ) -> None:
         """Prepare to run samples.
 
         Args:
-            count: How many; at least one.
+            inputs: What the samples are made of, where they are not there; at least one.
+            samples: All of them, where they are.
             deadline: When to give up, by `time.monotonic`; None for never.
             on_done: Called once, on the event loop, when there are rows or an error. It raises nothing.
         """
-        self.count = count
-        self.samples: Sequence[Sample] = ()
-        self.prepare: Callable[[], Sequence[Sample]] | None = None
-        """Makes the samples, or raises what is wrong with an input; only for batchers that make samples."""
+        self.inputs = inputs
+        self.samples = [NOT_MADE] * len(inputs) if samples is None else samples
+        self.count = count = len(self.samples)
         self.deadline = deadline
         self._on_done = on_done
         self.is_done = False
@@ -129,16 +140,25 @@ class Ran(NamedTuple):
     """What came of a batch.
 
     Attributes:
-        result: A row for each sample, or what went wrong.
-        started: When, by `time.perf_counter`; samples that were made for it, were made from then on.
+        batch: What ran: all but those of whose inputs no samples could be made.
+        failures: What was wrong with those.
+        result: A row for each sample that ran, or what went wrong.
+        started: When, by `time.perf_counter`.
+        prepare_seconds: That it took to make the samples which were not made before; 0.0 if there were none.
         seconds: That the network took.
-        charged_seconds: What it used of what all models share.
+        charged_seconds: What all of it used of what models share.
     """
 
+    batch: Sequence[Slot]
+    failures: Mapping[Slot, QuintetError]
     result: list[Row] | Exception
     started: float
+    prepare_seconds: float
     seconds: float
     charged_seconds: float
+
+
+NO_FAILURES: Final[Mapping[Slot, QuintetError]] = MappingProxyType({})
 
 
 class Batcher:
@@ -154,6 +174,7 @@ class Batcher:
         self,
         run: RunNetwork,
         *,
+        make_samples: MakeSamples | None = None,
         queue_size: int,
         max_batch: int,
         window_seconds: float = 0.0,
@@ -163,12 +184,15 @@ class Batcher:
         max_tokens: int = 1 << 62,
         seconds_per_input: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
-        on_batch: Callable[[int, float, Sequence[float]], None] | None = None,
+        on_batch: Callable[[int, float, float, Sequence[float]], None] | None = None,
     ) -> None:
         """Batch the calls of `run`.
 
         Args:
             run: Samples in, one row each out; must not keep state between calls.
+            make_samples: Inputs in, a sample each out, or what is wrong with it; called in the thread
+                that runs the batch. None where all jobs come with their samples, as they must where
+                those have lengths.
             queue_size: Samples that may wait.
             max_batch: Samples that run together at the most.
             window_seconds: How long the first of a batch waits for company.
@@ -180,9 +204,11 @@ class Batcher:
                 alone may be longer).
             seconds_per_input: What one sample takes.
             clock: By which batches are charged to what was shared, read before and after in their thread.
-            on_batch: Told the size, the compute seconds and the jobs' queue seconds of each batch.
+            on_batch: Told of each batch its size, the seconds that its samples took to make, the
+                compute seconds, and the queue seconds of the jobs that began in it.
         """
         self._run = run
+        self._make_samples = make_samples
         self._queue_size = queue_size
         self._max_batch = max_batch
         self._window = window_seconds
@@ -191,7 +217,7 @@ class Batcher:
         self._length_of = length_of
         self._max_tokens = max_tokens
         self._clock = clock
-        self._on_batch = on_batch or (lambda size, compute, waits: None)
+        self._on_batch = on_batch or (lambda size, prepare, compute, waits: None)
         self._lines: tuple[deque[Job], ...] = tuple(deque() for _ in Priority)
         self._turn_is_booked = False
         self._is_asking = False
@@ -210,8 +236,8 @@ class Batcher:
 
     @property
     def makes_samples(self) -> bool:
-        """Whether jobs may come without their samples, if those are soon made."""
-        return self._lanes is None and self._length_of is None
+        """Whether jobs may come without their samples."""
+        return self._make_samples is not None
 
     def admit(self, count: int) -> None:
         """Take `count` places in the queue.
@@ -233,16 +259,22 @@ class Batcher:
         self.depth -= count
 
     async def run(
-        self, samples: Sequence[Sample], deadline: float | None, priority: Priority = Priority.NORMAL
+        self,
+        inputs: Sequence[Inputs],
+        samples: list[Sample] | None,
+        deadline: float | None,
+        priority: Priority = Priority.NORMAL,
     ) -> Job:
         """Run admitted samples; the job, done.
 
         Args:
-            samples: At least one, all admitted before.
+            inputs: At least one, all admitted before.
+            samples: Made of them; None where this batcher shall make them.
             deadline: When to give up, by `time.monotonic`.
             priority: Whom it goes before.
 
         Raises:
+            BadInput: of an input no sample can be made; its `index` says which, of several.
             DeadlineExceeded: the deadline passed; what had not started by then never will.
             InternalError: the network failed on one of these samples.
         """
@@ -252,8 +284,7 @@ class Batcher:
             if not done.done():
                 done.set_result(None)
 
-        job = self.job_type(len(samples), deadline, tell)
-        job.samples = samples
+        job = self.job_type(inputs, samples, deadline, tell)
         job.caller = done
         self.submit(job, priority)
         try:
@@ -270,7 +301,7 @@ class Batcher:
         """Have a job's samples run, all admitted before; it calls back when it is done.
 
         Args:
-            job: Of this batcher's `job_type`, with its samples or, where it `makes_samples`, `prepare`.
+            job: Of this batcher's `job_type`, with its samples unless this batcher `makes_samples`.
             priority: Whom it goes before.
         """
         if self._length_of is not None:
@@ -329,40 +360,13 @@ class Batcher:
         batch = self._take_batch(max(1, int(min(self._max_batch, seconds * self._per_second))))
         if not batch:
             return
-        started = time.perf_counter()
         try:
-            batch = self._prepared(batch)
-            if batch:
-                ran = self._timed(batch)._replace(started=started)
-                self.spent_seconds += ran.charged_seconds
-                self._finish(batch, ran)
+            ran = self._ran(batch)
+            self.spent_seconds += ran.charged_seconds
+            self._finish(ran)
         finally:
             if self._is_waited_for():
                 self._book_turn()
-
-    def _prepared(self, batch: list[Slot]) -> list[Slot]:
-        """The batch, its samples made, without those of whom none could be.
-
-        They are made here, one after the other, rather than as they come: for the second picture in a row
-        the decoder is still in the core's cache (4 to 9 % more pictures of digits a second).
-        """
-        has_failed = False
-        for job, _ in batch:
-            if job.prepare is not None:
-                prepare, job.prepare = job.prepare, None
-                try:
-                    job.samples = prepare()
-                    continue
-                except QuintetError as error:
-                    # A traceback holds frames, and they the job: a cycle for the garbage collector.
-                    failure = error.with_traceback(None)
-                except Exception:
-                    failure = InternalError()
-                    log.exception("an input could not be prepared", id=failure.id)
-                has_failed = True
-                job.fail(failure)
-                self._drop(job)
-        return [slot for slot in batch if not slot[0].is_done] if has_failed else batch
 
     def take_turn(self) -> bool:
         """Run the next batch in a lane that was given to us; False where nobody waits any more."""
@@ -375,18 +379,18 @@ class Batcher:
         # Charged when it starts, roughly (texts have many lengths); put right when it ends.
         expected = len(batch) / self._per_second
         self.spent_seconds += expected
-        self._lanes.start(partial(self._timed, batch), partial(self._lane_is_free, batch, expected))
+        self._lanes.start(partial(self._ran, batch), partial(self._lane_is_free, expected))
         if self._is_waited_for():
             self._is_asking = True
             self._lanes.ask(self)
         return True
 
-    def _lane_is_free(self, batch: list[Slot], expected: float, ran: Ran) -> None:
+    def _lane_is_free(self, expected: float, ran: Ran) -> None:
         assert self._lanes is not None, "only batchers with lanes ask for them"
         self._running -= 1
         # The next batch starts before this one is answered.
         self._lanes.give_back(self, ran.charged_seconds - expected)
-        self._finish(batch, ran)
+        self._finish(ran)
 
     def _is_waited_for(self) -> bool:
         high, normal, low = self._lines
@@ -486,23 +490,52 @@ class Batcher:
             low, high = (low - 1, high) if takes_shorter else (low, high + 1)
         return ranked[low : high + 1]
 
-    def _timed(self, batch: Sequence[Slot]) -> Ran:
-        """Run one batch, in any thread."""
+    def _ran(self, batch: Sequence[Slot]) -> Ran:
+        """Run one batch, in any thread, its samples made before.
+
+        They are made together rather than as they come: for the second picture in a row the decoder is
+        still in the core's cache.
+        """
         charged_from, started = self._clock(), time.perf_counter()
+        made, failures = started, NO_FAILURES
         result: list[Row] | Exception
         try:
-            rows = self._run([job.samples[index] for job, index in batch])
-            if len(rows) != len(batch):
-                raise ValueError(f"{len(batch)} samples in, {len(rows)} rows out")
-            result = rows
+            lacking = [slot for slot in batch if slot[0].samples[slot[1]] is NOT_MADE]
+            if lacking:
+                failures = self._make(lacking)
+                made = time.perf_counter()
+                if failures:
+                    batch = [slot for slot in batch if slot not in failures]
+            result = self._run([job.samples[index] for job, index in batch]) if batch else []
+            if len(result) != len(batch):
+                raise ValueError(f"{len(batch)} samples in, {len(result)} rows out")
         except Exception as error:
             result = error
-        return Ran(result, started, time.perf_counter() - started, self._clock() - charged_from)
+        seconds = time.perf_counter() - made
+        return Ran(batch, failures, result, started, made - started, seconds, self._clock() - charged_from)
 
-    def _finish(self, batch: list[Slot], ran: Ran) -> None:
-        result, seconds = ran.result, ran.seconds
+    def _make(self, slots: Sequence[Slot]) -> Mapping[Slot, QuintetError]:
+        """Give jobs the samples that they lack; what is wrong with the inputs that cannot be samples."""
+        assert self._make_samples is not None, "only batchers that make samples are given inputs"
+        failures: dict[Slot, QuintetError] = {}
+        samples = self._make_samples([job.inputs[index] for job, index in slots])
+        for (job, index), sample in zip(slots, samples, strict=True):
+            if isinstance(sample, QuintetError):
+                sample.index = index if job.count > 1 else None
+                failures[job, index] = sample
+            else:
+                job.samples[index] = sample
+        return failures
+
+    def _finish(self, ran: Ran) -> None:
+        for (job, _), error in ran.failures.items():
+            job.fail(error)
+            self._drop(job)
+        batch, result, seconds = ran.batch, ran.result, ran.seconds
         if isinstance(result, Exception):
             self._find_culprit(batch, result)
+            return
+        if not batch:
             return
         now, size, started = time.perf_counter(), len(batch), ran.started
         waits = []
@@ -521,36 +554,40 @@ class Batcher:
         self._busy_since = now
         try:
             # Before anybody is answered, who may ask for the numbers next.
-            self._on_batch(size, seconds, waits)
+            self._on_batch(size, ran.prepare_seconds, seconds, waits)
         finally:
             for (job, index), row in zip(batch, result, strict=True):
                 job.give(index, row)
 
-    def _find_culprit(self, batch: list[Slot], error: Exception) -> None:
+    def _find_culprit(self, batch: Sequence[Slot], error: Exception) -> None:
         """Run a failed batch again, sample by sample, so that only the sample at fault fails."""
         if len(batch) == 1:
-            self._finish_alone(batch[0], error)
+            self._fail(batch[0], error)
             return
         if self._lanes is None:
             for slot in batch:
-                self._alone_is_done(slot, self._timed([slot]))
+                self._alone_is_done(slot, self._ran([slot]))
             return
         for slot in batch:
-            self._lanes.start(partial(self._timed, [slot]), partial(self._alone_is_done, slot))
+            self._lanes.start(partial(self._ran, [slot]), partial(self._alone_is_done, slot))
 
     def _alone_is_done(self, slot: Slot, ran: Ran) -> None:
         self.spent_seconds += ran.charged_seconds
-        self._finish_alone(slot, ran.result)
-
-    def _finish_alone(self, slot: Slot, result: list[Row] | Exception) -> None:
         job, index = slot
-        if isinstance(result, Exception):
-            failure = InternalError(index=index if job.count > 1 else None)
-            log.error("the network failed on one sample", id=failure.id, error=repr(result))
-            job.fail(failure)
+        if ran.failures:
+            job.fail(ran.failures[slot])
             self._drop(job)
+        elif isinstance(ran.result, Exception):
+            self._fail(slot, ran.result)
         else:
-            job.give(index, result[0])
+            job.give(index, ran.result[0])
+
+    def _fail(self, slot: Slot, error: Exception) -> None:
+        job, index = slot
+        failure = InternalError(index=index if job.count > 1 else None)
+        log.error("a batch failed on one input", id=failure.id, error=repr(error))
+        job.fail(failure)
+        self._drop(job)
 
 
 def _too_late() -> DeadlineExceeded:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
-from functools import partial
 from typing import Any, Final, TypeVar
 
 import psutil
@@ -30,7 +29,7 @@ from service.errors import (
 )
 from service.keys import Keys
 from service.lanes import Lanes, LoopTurns, step_back
-from service.loaded_model import LoadedModel, Statistics, prepare, statistics
+from service.loaded_model import LoadedModel, Statistics, statistics
 from service.metrics import Board, Counter, Histogram
 from service.models import MODELS
 from service.models.spec import Answer, Inputs, Room, Sample
@@ -255,19 +254,14 @@ class DataPlane:
             InternalError: the network failed on one of these inputs.
         """
         self._admit(loaded, inputs)
-        try:
-            if self.is_quick(loaded, inputs):
-                samples = loaded.prepare(inputs)
-            else:
-                started, loop = time.perf_counter(), asyncio.get_running_loop()
-                samples, seconds = await loop.run_in_executor(
-                    self._preparers, _timed_prepare, loaded.room, inputs
-                )
-                loaded.prepared(time.perf_counter() - started, seconds)
-        except BaseException:
-            loaded.batcher.release(len(inputs))
-            raise
-        job = await loaded.batcher.run(samples, deadline, priority)
+        samples = None
+        if not self.is_prepared_in_its_batch(loaded, inputs):
+            try:
+                samples = await self._prepared(loaded, inputs)
+            except BaseException:
+                loaded.batcher.release(len(inputs))
+                raise
+        job = await loaded.batcher.run(inputs, samples, deadline, priority)
         return loaded.answers(job), job
 
     def ask(
@@ -295,7 +289,7 @@ class DataPlane:
             The job; None where there is none: then nothing has happened, and `predict` knows what is wrong.
         """
         batcher = loaded.batcher
-        if not (batcher.makes_samples and self.is_quick(loaded, inputs)):
+        if not (batcher.is_inline and self.is_prepared_in_its_batch(loaded, inputs)):
             return None
         try:
             self.enter(size)
@@ -306,8 +300,7 @@ class DataPlane:
         except (BadInput, Overloaded):
             self.leave(size)
             return None
-        job = batcher.job_type(len(inputs), deadline, on_done)
-        job.prepare = partial(loaded.prepare, inputs)
+        job = batcher.job_type(inputs, None, deadline, on_done)
         batcher.submit(job, priority)
         return job
 
@@ -321,6 +314,28 @@ class DataPlane:
     def is_quick(loaded: LoadedModel, inputs: Sequence[Inputs]) -> bool:
         """Whether preparing them is short enough for the event loop."""
         return len(inputs) <= QUICK_INPUTS and all(map(loaded.room.is_quick, inputs))
+
+    def is_prepared_in_its_batch(self, loaded: LoadedModel, inputs: Sequence[Inputs]) -> bool:
+        """Whether a request's samples are made when its batch runs, rather than before."""
+        batcher = loaded.batcher
+        if not batcher.makes_samples:
+            return False
+        if batcher.is_inline:
+            return self.is_quick(loaded, inputs)
+        return all(map(loaded.room.is_short, inputs))
+
+    async def _prepared(self, loaded: LoadedModel, inputs: Sequence[Inputs]) -> list[Sample]:
+        """A request's samples, made here if that is short work, else in a thread."""
+        started = time.perf_counter()
+        if self.is_quick(loaded, inputs):
+            samples, spent_seconds = _timed_samples(loaded.room, inputs)
+        else:
+            loop = asyncio.get_running_loop()
+            samples, spent_seconds = await loop.run_in_executor(
+                self._preparers, _timed_samples, loaded.room, inputs
+            )
+        loaded.prepared(time.perf_counter() - started, spent_seconds)
+        return samples
 
     async def picture(self, room: Room, inputs: Sequence[Inputs], answers: Sequence[Answer]) -> bytes:
         """Answers as one PNG, of a room that gives pictures."""
@@ -478,10 +493,19 @@ class DataPlane:
         self._preparers.shutdown(wait=False, cancel_futures=True)
 
 
-def _timed_prepare(room: Room, inputs: Sequence[Inputs]) -> tuple[list[Sample], float]:
-    """Samples, and the seconds that the calling thread was at making them."""
-    started = time.thread_time()
-    return prepare(room, inputs), time.thread_time() - started
+def _timed_samples(room: Room, inputs: Sequence[Inputs]) -> tuple[list[Sample], float]:
+    """Samples, and the seconds that the calling thread was at making them.
+
+    Raises:
+        BadInput: of an input none can be made; its `index` says which, of several.
+    """
+    started, samples = time.thread_time(), []
+    for index, sample in enumerate(room.samples(inputs)):
+        if isinstance(sample, QuintetError):
+            sample.index = index if len(inputs) > 1 else None
+            raise sample
+        samples.append(sample)
+    return samples, time.thread_time() - started
 
 
 async def off_the_loop(size: int, function: Callable[..., T], *arguments: Any) -> T:

@@ -8,10 +8,9 @@ from typing import Final
 import numpy as np
 
 from service.batcher import Batcher, Job
-from service.errors import BadInput
 from service.lanes import Lanes, LoopTurns
 from service.metrics import Board, Tally
-from service.models.spec import Answer, Inputs, Room, Sample
+from service.models.spec import Answer, Room, Sample
 from service.providers import Profile
 from service.repository import ModelFiles
 from service.runtime import Network, NetworkMismatch
@@ -63,8 +62,11 @@ class LoadedModel:
         longest_batch_ms = settings.inline_ms if inline else policy.batch_ms
         fits = max(1, int(longest_batch_ms / 1000 / seconds))
         length_axis = _length_axis(room)
+        # Not in lanes that keep a GPU at work.
+        makes_samples = length_axis is None and (inline or not profile.is_gpu)
         self.batcher = _batcher_type(settings)(
             self.network.run,
+            make_samples=room.samples if makes_samples else None,
             queue_size=policy.queue_size,
             max_batch=policy.max_batch if length_axis is not None else min(policy.max_batch, fits),
             window_seconds=policy.batch_window_ms / 1000,
@@ -85,20 +87,8 @@ class LoadedModel:
             files.card["files"][files.variant]["sha256"],
         )
 
-    def prepare(self, inputs: Sequence[Inputs]) -> list[Sample]:
-        """Turn a request's inputs into samples, at once.
-
-        Raises:
-            BadInput: one cannot be; its `index` says which, of several.
-        """
-        started = time.perf_counter()
-        samples = prepare(self.room, inputs)
-        seconds = time.perf_counter() - started
-        self.prepared(seconds, seconds)
-        return samples
-
     def prepared(self, seconds: float, spent_seconds: float) -> None:
-        """Count that a request's inputs were turned into tensors.
+        """Count that a request's inputs were turned into tensors before their batch.
 
         Args:
             seconds: That its caller waited for it.
@@ -116,18 +106,6 @@ class LoadedModel:
         self.meters.postprocess_seconds.observe(seconds)
         self.batcher.spent_seconds += seconds
         return answers
-
-
-def prepare(room: Room, inputs: Sequence[Inputs]) -> list[Sample]:
-    """Every input to its sample; an error says which input it is about, if there are several."""
-    samples = []
-    for index, item in enumerate(inputs):
-        try:
-            samples.append(room.to_tensor(item))
-        except BadInput as error:
-            error.index = index if len(inputs) > 1 else None
-            raise
-    return samples
 
 
 def _batcher_type(settings: Settings) -> type[Batcher]:
@@ -171,14 +149,25 @@ class Meters:
         self._last_inference = board.gauge("last_inference", *self._labels)
         self._batches: dict[int, Tally] = {1: board.tally("batches", *self._labels, "1")}
 
-    def batch_ran(self, size: int, compute_seconds: float, queue_seconds: Sequence[float]) -> None:
-        """Count a batch; `queue_seconds` are those of the requests that began in it."""
+    def batch_ran(
+        self, size: int, prepare_seconds: float, compute_seconds: float, queue_seconds: Sequence[float]
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            size: Of it, in inputs.
+            prepare_seconds: That it took to turn inputs into tensors; 0.0 if that was done before.
+            compute_seconds: That the network took.
+            queue_seconds: Of the requests that began in it.
+        """
         self._inferences.add(size)
         self._batch_size.observe(size)
         self._compute_seconds.observe(compute_seconds)
         for seconds in queue_seconds:
             self._queue_seconds.observe(seconds)
         requests = len(queue_seconds)
+        if prepare_seconds and requests:
+            self.preprocess_seconds.observe(prepare_seconds / requests, requests)
         self._requests_computed.add(compute_seconds * requests, requests)
         self._last_inference.set(time.time())
         batches = self._batches.get(size)

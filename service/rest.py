@@ -206,7 +206,7 @@ class RestDoor:
         try:
             plane.check_key(b"")
             loaded = plane.find(question.room.name, question.version)
-            if not loaded.batcher.makes_samples or len(body) > plane.settings.max_body_bytes:
+            if not loaded.batcher.is_inline or len(body) > plane.settings.max_body_bytes:
                 return False
             asked = question.read(body, plane.settings.max_inputs)
         except QuintetError:

@@ -1,8 +1,10 @@
 """Where one request's time went: spans in OpenTelemetry's form, W3C trace context, OTLP over HTTP.
 
     POST /digit     from its first byte to its answer; the caller's span is its parent
-    ├── decode      the body read, its inputs turned into tensors
+    ├── read        the body read
     ├── queue       waiting for a batch
+    ├── decode      the inputs of that batch turned into tensors; where that is long work, or they are
+    │               texts, before the queue, and reading is part of it
     ├── run         a batch in the network; linked to that batch
     └── answer      rows turned into an answer
     batch           of a trace of its own; linked to every traced request in it
@@ -27,7 +29,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased, Sampler, Tr
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service.batcher import Batcher, Job, Ran, Slot
+from service.batcher import Batcher, Job, Ran
 from service.data_plane import DataPlane
 from service.errors import QuintetError
 from service.grpc_api import GrpcDoor
@@ -35,6 +37,7 @@ from service.grpc_calls import Answered, Call, Tell
 from service.http import Request, Response
 from service.http2 import literal
 from service.metrics import Board
+from service.models.spec import Inputs, Sample
 from service.rest import RestDoor
 from service.version import VERSION
 
@@ -43,10 +46,18 @@ RESPONSE: Final = "traceresponse"
 
 
 class Turn(NamedTuple):
-    """A batch that some of a job's samples ran in; seconds by `time.perf_counter`."""
+    """A batch that some of a job's samples ran in; moments by `time.perf_counter`.
+
+    Attributes:
+        batch: Its span.
+        started: When it began; samples that were not made before, were made from then on.
+        decoded: When they were, and the network began.
+        ended: When the network had run.
+    """
 
     batch: SpanContext
     started: float
+    decoded: float
     ended: float
 
 
@@ -140,11 +151,15 @@ class Tracer:
         if is_our_fault:
             span.set_status(Status(StatusCode.ERROR))
         for job in trace.jobs:
-            self._part(trace, "decode", trace.started, job.entered)
+            # Inputs are decoded before they are queued, or with the batch that they run in.
+            is_decoded_later = any(turn.decoded > turn.started for turn in job.turns)
+            self._part(trace, "read" if is_decoded_later else "decode", trace.started, job.entered)
             if job.turns:
                 self._part(trace, "queue", job.entered, job.turns[0].started)
                 for turn in job.turns:
-                    self._part(trace, "run", turn.started, turn.ended, [Link(turn.batch)])
+                    if turn.decoded > turn.started:
+                        self._part(trace, "decode", turn.started, turn.decoded)
+                    self._part(trace, "run", turn.decoded, turn.ended, [Link(turn.batch)])
                 self._part(trace, "answer", job.turns[-1].ended, ended)
             span.set_attribute("quintet.inputs", job.count)
         span.end(_ns(ended, trace.offset_ns))
@@ -184,8 +199,14 @@ class TracedJob(Job):
 
     __slots__ = ("trace", "turns")
 
-    def __init__(self, count: int, deadline: float | None, on_done: Callable[[Job], None]) -> None:
-        super().__init__(count, deadline, on_done)
+    def __init__(
+        self,
+        inputs: Sequence[Inputs],
+        samples: list[Sample] | None,
+        deadline: float | None,
+        on_done: Callable[[Job], None],
+    ) -> None:
+        super().__init__(inputs, samples, deadline, on_done)
         self.turns: list[Turn] = []
         self.trace = CURRENT.get()
         if self.trace is not None:
@@ -197,16 +218,17 @@ class TracedBatcher(Batcher):
 
     job_type = TracedJob
 
-    def _finish(self, batch: list[Slot], ran: Ran) -> None:
+    def _finish(self, ran: Ran) -> None:
         if not isinstance(ran.result, Exception):
-            jobs = {id(job): job for job, _ in batch if isinstance(job, TracedJob)}.values()
+            jobs = {id(job): job for job, _ in ran.batch if isinstance(job, TracedJob)}.values()
             traced = {id(job.trace): job.trace for job in jobs if job.trace and job.trace.is_recorded}
             if traced:
-                traces, ended = list(traced.values()), ran.started + ran.seconds
-                context = traces[0].tracer.batch(traces, len(batch), ran.started, ended)
+                decoded = ran.started + ran.prepare_seconds
+                traces, ended = list(traced.values()), decoded + ran.seconds
+                context = traces[0].tracer.batch(traces, len(ran.batch), ran.started, ended)
                 for job in jobs:
-                    job.turns.append(Turn(context, ran.started, ended))
-        super()._finish(batch, ran)
+                    job.turns.append(Turn(context, ran.started, decoded, ended))
+        super()._finish(ran)
 
 
 class TracedRestDoor(RestDoor):

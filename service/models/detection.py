@@ -240,6 +240,11 @@ def is_quick(inputs: Inputs) -> bool:
     return pictures.is_quick(inputs["image"])
 
 
+def is_short(inputs: Inputs) -> bool:
+    """Pictures that are not large are."""
+    return pictures.is_short(inputs["image"])
+
+
 def _painted_cells() -> bytes:
     """Three red cells, a white one and two platelets, painted as a stain shows them, as PNG."""
     slide = np.empty((240, 320, 3), np.uint8)
@@ -277,6 +282,7 @@ DETECTION = Room(
     to_answer=to_answer,
     example={"image": _painted_cells()},
     is_quick=is_quick,
+    is_short=is_short,
     options={
         "min_confidence": Option(
             0.5, 0.0, 1.0, "Objects that the network is less sure of are left out of the answer."

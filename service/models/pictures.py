@@ -19,7 +19,10 @@ MAX_PIXELS: Final = 25_000_000
 """A 24-megapixel photograph passes; what is larger is refused before it is decoded."""
 
 QUICK_PIXELS: Final = 128 * 128
-"""Up to here a picture is decoded in well under a millisecond, on the event loop."""
+"""Up to here a picture is decoded in well under a millisecond."""
+
+SHORT_PIXELS: Final = 1024 * 1024
+"""Up to here in a few milliseconds."""
 
 MEDIA_TYPES: Final = ("image/png", "image/jpeg", "image/webp", "image/bmp")
 
@@ -91,7 +94,7 @@ def _webp_header(data: bytes) -> Header:
 
 
 def is_quick(data: bytes) -> bool:
-    """Whether decoding `data` is short work; bytes that will be refused are."""
+    """Whether decoding `data` is short enough for the event loop; bytes that will be refused are."""
     # Most pictures of a digit: a PNG less than 128 pixels wide and high, told from six of its bytes.
     if (
         data[:4] == b"\x89PNG"
@@ -99,11 +102,20 @@ def is_quick(data: bytes) -> bool:
         and data[19:20] < b"\x80" > data[23:24]
     ):
         return True
+    return _has_at_most(QUICK_PIXELS, data)
+
+
+def is_short(data: bytes) -> bool:
+    """Whether decoding `data` is short enough for a few others to wait for it."""
+    return _has_at_most(SHORT_PIXELS, data)
+
+
+def _has_at_most(pixels: int, data: bytes) -> bool:
     try:
         header = read_header(data)
     except BadInput:
         return True
-    return header.width * header.height <= QUICK_PIXELS
+    return header.width * header.height <= pixels
 
 
 def decode_grey(data: bytes) -> Pixels:

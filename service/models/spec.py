@@ -6,14 +6,17 @@ answer (`to_answer`). Training, export, both doors and the tests read the same
 room, so the picture a network was scored on is the picture it is served.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import BadInput
+from service.errors import BadInput, QuintetError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Datatype = Literal["BOOL", "UINT8", "INT32", "INT64", "FP16", "FP32", "BYTES"]
 """Datatypes by their Open Inference Protocol names; `BYTES` is a sequence of byte strings."""
@@ -120,9 +123,13 @@ class Room:
         network_inputs: What the ONNX graph takes, in the order of `Sample.tensors`.
         network_outputs: What the ONNX graph gives, in the order of `to_answer`'s row.
         to_tensor: One input to one sample; raises `BadInput` when it cannot.
+        to_tensors: Several inputs to a sample each, or to what is wrong with them, where that is faster
+            together than with `to_tensor` one by one; None where it is not.
         to_answer: One row of the network's outputs and its sample to one answer.
         example: One input that the model can answer: for warming up, for documents and for tests.
         is_quick: Whether `to_tensor` of this input is short enough for the event loop.
+        is_short: Whether it is short enough for others of the same batch to wait for it, where that
+            runs in a thread.
         options: Numbers that callers may send beside the inputs, by name.
         as_picture: Inputs and their answers as one PNG, for people who ask for a picture; None
             where there is none.
@@ -143,10 +150,12 @@ class Room:
     to_answer: Callable[[Sequence[Array], Sample], Answer]
     example: Inputs
     is_quick: Callable[[Inputs], bool] = lambda inputs: True
+    is_short: Callable[[Inputs], bool] = lambda inputs: True
     options: Mapping[str, Option] = field(default_factory=dict)
     as_picture: Callable[[Sequence[Inputs], Sequence[Any]], bytes] | None = None
     assets: tuple[str, ...] = ()
     to_tensor_with: Callable[[Mapping[str, bytes]], Callable[[Inputs], Sample]] | None = None
+    to_tensors: Callable[[Sequence[Inputs]], list[Sample | QuintetError]] | None = None
 
     def furnish(self, assets: Mapping[str, bytes]) -> "Room":
         """This room with one version's `assets` in it; itself where it needs none.
@@ -156,9 +165,25 @@ class Room:
         """
         return replace(self, to_tensor=self.to_tensor_with(assets)) if self.to_tensor_with else self
 
+    def samples(self, inputs: Sequence[Inputs]) -> list[Sample | QuintetError]:
+        """Every input's sample, or what is wrong with the input."""
+        return each(self.to_tensor, inputs) if self.to_tensors is None else self.to_tensors(inputs)
+
     def __str__(self) -> str:
         """The model's name, so that test ids and messages read well."""
         return self.name
+
+
+def each(make: Callable[[T], R], several: Iterable[T]) -> list[R | QuintetError]:
+    """What can be made of each, or what is wrong with it."""
+    made: list[R | QuintetError] = []
+    for one in several:
+        try:
+            made.append(make(one))
+        except QuintetError as error:
+            # A traceback holds frames, and they the request: a cycle for the garbage collector.
+            made.append(error.with_traceback(None))
+    return made
 
 
 @dataclass(slots=True)

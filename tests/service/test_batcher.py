@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from service.batcher import LARGEST_WASTE, PATIENCE_SECONDS, Batcher, Job, Priority, Row
-from service.errors import BadInput, DeadlineExceeded, InternalError, Overloaded
+from service.errors import BadInput, DeadlineExceeded, InternalError, Overloaded, QuintetError
 from service.lanes import (
     LEAD_SECONDS,
     MOST_BEHIND_SECONDS,
@@ -23,7 +23,7 @@ from service.lanes import (
     Ledger,
     LoopTurns,
 )
-from service.models.spec import Sample
+from service.models.spec import Inputs, Sample, each
 
 POISON = -1
 
@@ -98,7 +98,7 @@ async def ask(
 ) -> list[int]:
     """One request, from the queue's door to its rows."""
     batcher.admit(len(numbers))
-    return numbers_in((await batcher.run(samples(*numbers), deadline, priority)).rows)
+    return numbers_in((await batcher.run([], samples(*numbers), deadline, priority)).rows)
 
 
 async def all_at_once(batcher: Batcher, *requests: Sequence[int]) -> list[Any]:
@@ -490,7 +490,7 @@ async def test_who_is_away_for_a_moment_after_each_turn_does_not_lose_its_place(
 
 
 async def test_one_turn_that_fails_costs_the_others_nothing() -> None:
-    def full_disk(size: int, compute: float, waits: Sequence[float]) -> None:
+    def full_disk(size: int, prepare: float, compute: float, waits: Sequence[float]) -> None:
         raise OSError("no space left on device")
 
     turns = LoopTurns(0.008)
@@ -551,13 +551,21 @@ async def test_who_comes_back_after_a_pause_has_no_savings(lanes: Lanes) -> None
     assert 3 <= turns[:10].count("one") <= 7
 
 
-def unprepared(
-    batcher: Batcher, make: Callable[[], Sequence[Sample]], done: list[Job], *, count: int = 1
-) -> Job:
+def made_of(several: Sequence[Inputs]) -> list[Sample | QuintetError]:
+    """Samples of numbers; of what is none, what is wrong with it."""
+
+    def sample_of(inputs: Inputs) -> Sample:
+        if inputs["number"] is None:
+            raise BadInput("The picture is damaged.")
+        return samples(inputs["number"] + 0)[0]
+
+    return each(sample_of, several)
+
+
+def unprepared(batcher: Batcher, numbers: Sequence[Any], done: list[Job]) -> Job:
     """A request whose samples are not there yet, in the queue."""
-    batcher.admit(count)
-    job = batcher.job_type(count, None, done.append)
-    job.prepare = make
+    batcher.admit(len(numbers))
+    job = batcher.job_type([{"number": number} for number in numbers], None, None, done.append)
     batcher.submit(job, Priority.NORMAL)
     return job
 
@@ -571,71 +579,78 @@ async def settled(done: list[Job], count: int) -> None:
     raise AssertionError(f"{len(done)} of {count} jobs are done")
 
 
-async def test_samples_that_are_not_there_are_made_when_their_batch_runs() -> None:
-    doubler, done, made = Doubler(), list[Job](), list[int]()
-    batcher = Batcher(doubler, queue_size=10, max_batch=2)
+async def test_samples_that_are_not_there_are_made_when_their_batch_runs(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    doubler, done, made = Doubler(), list[Job](), list[list[int]]()
 
-    def make(*numbers: int) -> Callable[[], Sequence[Sample]]:
-        def samples_of() -> Sequence[Sample]:
-            made.extend(numbers)
-            return samples(*numbers)
+    def make(several: Sequence[Inputs]) -> list[Sample | QuintetError]:
+        made.append([inputs["number"] for inputs in several])
+        return made_of(several)
 
-        return samples_of
-
+    batcher = batcher_of(doubler, make_samples=make, max_batch=2)
     asked = asyncio.create_task(ask(batcher, 7))
     await a_turn_of_the_loop()
-    unprepared(batcher, make(1, 2, 3), done, count=3)
-    unprepared(batcher, make(4), done)
+    unprepared(batcher, [1, 2, 3], done)
+    unprepared(batcher, [4], done)
     assert not made
     await settled(done, 2)
     assert await asked == [14]
-    assert [numbers_in(job.rows) for job in done] == [[2, 4, 6], [8]]
-    assert doubler.batches == [[7, 1], [2, 3], [4]]
-    assert made == [1, 2, 3, 4], "each once"
+    assert sorted(numbers_in(job.rows) for job in done) == [[2, 4, 6], [8]]
+    assert sorted(number for some in made for number in some) == [1, 2, 3, 4], "each once"
+    assert max(len(some) for some in made) == 2, "those of a batch together"
     assert batcher.depth == 0
 
 
-async def test_samples_that_cannot_be_made_are_the_trouble_of_their_request_alone() -> None:
+async def test_samples_that_cannot_be_made_are_the_trouble_of_their_request_alone(
+    batcher_of: Callable[..., Batcher],
+) -> None:
     doubler, done = Doubler(), list[Job]()
-    batcher = Batcher(doubler, queue_size=10, max_batch=8)
-
-    def damaged() -> Sequence[Sample]:
-        raise BadInput("The picture is damaged.")
-
-    def broken() -> Sequence[Sample]:
-        raise ZeroDivisionError
-
-    bad = unprepared(batcher, damaged, done, count=3)
-    good = unprepared(batcher, lambda: samples(1, 2), done, count=2)
-    worse = unprepared(batcher, broken, done)
+    batcher = batcher_of(doubler, make_samples=made_of, max_batch=8)
+    bad = unprepared(batcher, [5, None, None], done)
+    good = unprepared(batcher, [1, 2], done)
+    single = unprepared(batcher, [None], done)
     await settled(done, 3)
     assert isinstance(bad.error, BadInput)
-    assert isinstance(worse.error, InternalError)
+    assert bad.error.index == 1, "the first of them"
+    assert isinstance(single.error, BadInput)
+    assert single.error.index is None
     assert bad.error.__traceback__ is None, "it would keep the request alive"
     assert numbers_in(good.rows) == [2, 4]
-    assert doubler.batches == [[1, 2]]
+    assert batcher.depth == 0
+    assert await ask(batcher, 5) == [10]
+
+
+async def test_a_mistake_of_ours_in_making_samples_costs_one_request_alone(
+    batcher_of: Callable[..., Batcher],
+) -> None:
+    done = list[Job]()
+    batcher = batcher_of(Doubler(), make_samples=made_of, max_batch=8)
+    bad = unprepared(batcher, [None], done)
+    # A text has no `+ 0`.
+    worse = unprepared(batcher, [1, "one"], done)
+    good = unprepared(batcher, [1, 2], done)
+    await settled(done, 3)
+    assert isinstance(worse.error, InternalError)
+    assert worse.error.index == 1
+    assert isinstance(bad.error, BadInput)
+    assert numbers_in(good.rows) == [2, 4]
     assert batcher.depth == 0
     assert await ask(batcher, 5) == [10]
 
 
 async def test_nothing_is_made_for_those_who_have_gone() -> None:
-    doubler, done, made = Doubler(), list[Job](), list[int]()
-    batcher = Batcher(doubler, queue_size=10, max_batch=8)
+    done, made = list[Job](), list[int]()
 
-    def make() -> Sequence[Sample]:
-        made.append(1)
-        return samples(1)
+    def make(several: Sequence[Inputs]) -> list[Sample | QuintetError]:
+        made.extend(inputs["number"] for inputs in several)
+        return made_of(several)
 
-    unprepared(batcher, make, done).give_up()
+    batcher = Batcher(Doubler(), make_samples=make, queue_size=10, max_batch=8)
+    unprepared(batcher, [1], done).give_up()
     assert await ask(batcher, 5) == [10]
     assert not made
     assert batcher.depth == 0
-
-
-def test_batchers_that_must_know_samples_beforehand_say_so(lanes: Lanes) -> None:
-    assert Batcher(Doubler(), queue_size=1, max_batch=1).makes_samples
-    assert not Batcher(Doubler(), queue_size=1, max_batch=1, lanes=lanes).makes_samples
-    assert not Batcher(Doubler(), queue_size=1, max_batch=1, length_of=lambda sample: 1).makes_samples
 
 
 async def test_higher_priorities_go_first_and_equals_keep_their_order(lanes: Lanes) -> None:
@@ -726,7 +741,7 @@ def text_batcher(run: Padder, **options: Any) -> Batcher:
 
 async def read(batcher: Batcher, *lengths: int, **options: Any) -> list[int]:
     batcher.admit(len(lengths))
-    return numbers_in((await batcher.run(texts(*lengths), None, **options)).rows)
+    return numbers_in((await batcher.run([], texts(*lengths), None, **options)).rows)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -782,17 +797,23 @@ async def test_other_work_on_the_loop_goes_on_between_two_inline_batches() -> No
 async def test_every_batch_is_reported_with_its_size_and_its_waits(
     batcher_of: Callable[..., Batcher],
 ) -> None:
-    reports: list[tuple[int, float, list[float]]] = []
+    reports: list[tuple[int, float, float, list[float]]] = []
     batcher = batcher_of(
         Doubler(),
         max_batch=4,
-        on_batch=lambda size, compute, waits: reports.append((size, compute, list(waits))),
+        make_samples=made_of,
+        on_batch=lambda size, prepare, compute, waits: reports.append((size, prepare, compute, list(waits))),
     )
     await all_at_once(batcher, [1, 2, 3], [4, 5, 6])
-    assert [size for size, _, _ in reports] == [4, 2]
+    assert [size for size, _, _, _ in reports] == [4, 2]
     # The second request's samples run in both batches; it has waited once.
-    assert [len(waits) for _, _, waits in reports] == [2, 0]
-    assert all(compute >= 0 and min(waits, default=0) >= 0 for _, compute, waits in reports)
+    assert [len(waits) for _, _, _, waits in reports] == [2, 0]
+    assert all(compute >= 0 and min(waits, default=0) >= 0 for _, _, compute, waits in reports)
+    assert [prepare for _, prepare, _, _ in reports] == [0, 0], "they were made before"
+    done = list[Job]()
+    unprepared(batcher, [7], done)
+    await settled(done, 1)
+    assert reports[-1][1] > 0
 
 
 @pytest.mark.parametrize("seed", range(8))

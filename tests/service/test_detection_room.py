@@ -237,7 +237,7 @@ def test_too_many_pixels_are_refused() -> None:
     huge = encoded(np.zeros((6000, 6000), np.uint8))
     with pytest.raises(TooManyPixels):
         DETECTION.to_tensor({"image": huge})
-    assert not DETECTION.is_quick({"image": huge})
+    assert not DETECTION.is_short({"image": huge})
 
 
 def test_the_example_is_a_small_picture_of_cells() -> None:

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pytest
 from sklearn.datasets import load_digits
 
-from service.errors import UnreadableImage
+from service.errors import QuintetError, UnreadableImage
 from service.models.digit import DIGIT, is_quick, like_mnist
+from service.models.spec import Inputs, Sample
 from service.repository import Repository
 from service.runtime import Network
 from tests import digits as ways
@@ -149,6 +150,21 @@ def test_pixels_go_to_the_network_as_they_are() -> None:
     pixels = np.arange(28 * 28, dtype=np.uint8).reshape(28, 28)
     assert DIGIT.to_tensor({"pixels": pixels}).tensors[0] is pixels
     assert is_quick({"pixels": pixels})
+
+
+def test_several_inputs_together_are_what_each_is_alone(digits: tuple[Pixels, npt.NDArray[np.int64]]) -> None:
+    chance = np.random.default_rng(0)
+    shown = [digits[0][0], *(way(digits[0][3], chance) for way in WAYS.values())]
+    shown += [cv2.bitwise_not(digits[0][1]), np.zeros((28, 28), np.uint8), np.roll(digits[0][2], 3, axis=1)]
+    several: list[Inputs] = [{"image": png(picture)} for picture in shown]
+    alone = [DIGIT.to_tensor(inputs).tensors[0] for inputs in several]
+    several[1:1] = [{"image": b"seven"}, {"pixels": digits[0][0]}, {"image": b""}]
+    together = DIGIT.samples(several)
+    assert [place for place, one in enumerate(together) if isinstance(one, QuintetError)] == [1, 3]
+    pixels = [one.tensors[0] for one in together if isinstance(one, Sample)]
+    assert np.array_equal(pixels.pop(1), digits[0][0])
+    for one, other in zip(pixels, alone, strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_what_is_no_picture_is_refused() -> None:

@@ -24,7 +24,7 @@ from tests.conftest import MODELS_FOLDER, ROOT, StartQuintet
 
 from .knocking import GrpcClient, picture_request
 
-PARTS = ["decode", "queue", "run", "answer"]
+PARTS = ["read", "queue", "decode", "run", "answer"]
 
 
 class Receiver(ThreadingHTTPServer):
@@ -113,7 +113,7 @@ def check_parts(receiver: Receiver, span: Any) -> Any:
         moments.append(part.end_time_unix_nano)
     assert abs(moments[-1] - span.end_time_unix_nano) <= 1000
     assert moments == sorted(moments)
-    (link,) = parts[2].links
+    (link,) = next(part for part in parts if part.name == "run").links
     (batch,) = [one for one in receiver.named("batch") if one.span_id == link.span_id]
     return batch
 
