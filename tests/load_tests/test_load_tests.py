@@ -87,7 +87,8 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(
 
 @needs_wrk
 def test_nothing_is_left_running_after_control_c(tmp_path: Path) -> None:
-    asked = command(tmp_path, "--only", "doors")
+    # So long that it does not end by itself before it is told to.
+    asked = command(tmp_path, "--only", "doors", "--seconds", "60")
     # Whoever started us in the background may have had us ignore it, and children inherit that.
     heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(asked, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heeded) as running:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,9 @@ def test_two_processes_agree_with_one(
     folder = {"detection": slides, "sentiment": texts}.get(options[0])
     if folder is not None:
         environment = {**environment, "QUINTET_DATA": str(folder)}
-    one, two = (
-        losses(processes, environment, *options, "--out", tmp_path / str(processes)) for processes in (1, 2)
-    )
+    with ThreadPoolExecutor() as both:
+        one, two = both.map(
+            lambda processes: losses(processes, environment, *options, "--out", tmp_path / str(processes)),
+            (1, 2),
+        )
     assert two == pytest.approx(one, rel=tolerance)

@@ -120,8 +120,8 @@ def test_a_pupil_learns_from_its_teacher_alone(start: Start, data_folder: Path, 
     command = ["--arch", "lean", "--batch-size", "50", "--epochs", "6", "--precision", "fp32"]
     teacher = ROOT / "models" / "digit" / "2"
     taught = [*command, "--teacher", teacher, "--out", tmp_path / "taught"]
-    finish(start(taught))
-    finish(start([*command, "--out", tmp_path / "alone"]))
+    for run in [start(taught), start([*command, "--out", tmp_path / "alone"])]:
+        finish(run)
     (pupil, card), (alone, _) = (read_checkpoint(tmp_path / name) for name in ("taught", "alone"))
     assert (
         card["training"]["teacher"] == json.loads((teacher / "card.json").read_text())["training"]["command"]
