@@ -41,6 +41,9 @@ MOST_HEADS: Final = 4096
 """That are kept; they differ in the lengths of bodies, too."""
 
 
+GiveUp = Callable[[], None]
+
+
 class Door(Protocol):
     """What answers requests."""
 
@@ -57,8 +60,8 @@ class Door(Protocol):
     def question(self, request: Request) -> Any:
         """What the head of a short request asks, where `ask` may answer it; else None."""
 
-    def ask(self, question: Any, body: bytes, reply: Callable[[Response], None]) -> bool:
-        """Answer without a task, now or later; False where `answer` must be asked instead."""
+    def ask(self, question: Any, body: bytes, reply: Callable[[Response], None]) -> GiveUp | None:
+        """Answer without a task, later, if it is not given up; None where `answer` must be asked instead."""
 
 
 class Head(NamedTuple):
@@ -96,16 +99,20 @@ class Exchange:
     uvicorn looks at some of it, in the place of its own cycle.
     """
 
-    __slots__ = ("disconnected", "keep_alive", "response_complete")
+    __slots__ = ("disconnected", "give_up", "keep_alive", "response_complete")
 
     def __init__(self, keep_alive: bool = True) -> None:
         self.keep_alive = keep_alive
         self.disconnected = False
         self.response_complete = False
+        self.give_up: GiveUp | None = None
 
     def hang_up(self) -> None:
         """Note that the caller has gone."""
         self.disconnected = True
+        if self.give_up is not None:
+            self.give_up()
+            self.give_up = None
 
 
 class TaskExchange(Exchange):
@@ -240,13 +247,16 @@ class ShortWay(HttpToolsProtocol):
         exchange = Exchange()
         self.cycle = exchange  # type: ignore[assignment]
         self._idle_since = 0.0
-        if self._door.ask(question, body, partial(self._reply, exchange)):
-            return True
-        self.cycle = before
-        return False
+        exchange.give_up = self._door.ask(question, body, partial(self._reply, exchange))
+        if exchange.give_up is None:
+            self.cycle = before
+            return False
+        return True
 
     def _reply(self, exchange: Exchange, response: Response) -> None:
         """Send an answer, if there is somebody left to take it."""
+        # What would give it up knows this exchange: a cycle for the garbage collector.
+        exchange.give_up = None
         if exchange.disconnected or self.transport.is_closing():
             return
         if self._door.is_closing:

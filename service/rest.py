@@ -43,6 +43,7 @@ from service.http import (
     text_response,
     wanted_coding,
 )
+from service.http1 import GiveUp
 from service.loaded_model import LoadedModel
 from service.metrics import CONTENT_TYPE_LATEST, Board
 from service.models import MODELS
@@ -190,16 +191,17 @@ class RestDoor:
             pass
         return None
 
-    def ask(self, question: Question, body: bytes, reply: Callable[[Response], None]) -> bool:
+    def ask(self, question: Question, body: bytes, reply: Callable[[Response], None]) -> GiveUp | None:
         """Answer a request whose body is here, without a task, where all goes well and nothing has to wait.
 
         Args:
             question: What `question` gave for the head.
             body: All of it.
-            reply: Takes the answer, on the event loop, later or at once.
+            reply: Takes the answer, on the event loop, later.
 
         Returns:
-            Whether it will be answered; if not, nothing has happened, and `answer` knows what to do.
+            What to call if the caller goes before it is answered; None if it will not be: then nothing
+            has happened, and `answer` knows what to do.
         """
         started = time.perf_counter()
         plane = self._plane
@@ -207,13 +209,19 @@ class RestDoor:
             plane.check_key(b"")
             loaded = plane.find(question.room.name, question.version)
             if not loaded.batcher.is_inline or len(body) > plane.settings.max_body_bytes:
-                return False
+                return None
             asked = question.read(body, plane.settings.max_inputs)
         except QuintetError:
-            return False
+            return None
         on_done = partial(self._done, question, loaded, asked, started, len(body), reply)
         job = plane.ask(loaded, asked.inputs, asked.deadline(started), asked.priority, len(body), on_done)
-        return job is not None
+        return None if job is None else partial(self._given_up, job, len(body))
+
+    def _given_up(self, job: Job, size: int) -> None:
+        """Work no longer for a caller who is gone, if it is not done yet."""
+        if not job.is_done:
+            job.give_up()
+            self._plane.leave(size)
 
     def _done(
         self,

@@ -29,6 +29,7 @@ class Door:
         self.short: list[str] = []
         self.long: list[str] = []
         self.gone: list[str] = []
+        self.given_up: list[str] = []
         self.answer_with = b""
 
     def takes(self, path: str) -> bool:
@@ -38,16 +39,18 @@ class Door:
         """Of paths that begin with `/short/known`, which `ask` answers, what the path and the query are."""
         return f"{request.path}?{request.query.decode()}" if request.path.startswith("/short/known") else None
 
-    def ask(self, question: str, body: bytes, reply: Callable[[Response], None]) -> bool:
+    def ask(
+        self, question: str, body: bytes, reply: Callable[[Response], None]
+    ) -> Callable[[], None] | None:
         if body == b"refuse":
-            return False
+            return None
         self.at_once.append(question)
         response = Response(200, b"text/plain", question.encode() + b" " + body, ((b"way", b"at once"),))
         if "later" in question:
             asyncio.get_running_loop().call_later(0.05, reply, response)
         else:
             reply(response)
-        return True
+        return partial(self.given_up.append, question)
 
     async def answer(self, request: Request) -> Response | None:
         self.short.append(request.path)
@@ -457,6 +460,7 @@ def test_who_hangs_up_before_a_later_answer_harms_nobody() -> None:
             await asyncio.sleep(0.1)
             assert (await exchange(port, KNOWN))[0][1] == b"/short/known?a=1 hello"
         assert len(door.at_once) >= 3
+        assert door.given_up == ["/short/known/later?"] * 3, "those who hung up, and nobody who was answered"
 
     asyncio.run(check())
 

@@ -285,6 +285,24 @@ def test_more_bytes_than_the_house_holds_are_refused_and_forgotten(
         assert client.post("/digit", content=digit_png).status_code == 200
 
 
+def test_nobody_works_for_callers_who_hung_up(small_house: QuintetServer, digit_png: bytes) -> None:
+    with http_client(small_house) as client:
+
+        def inferences() -> float:
+            return sum_of(client.get("/metrics").text, 'quintet_inferences_total{model="digit"')
+
+        assert client.post("/digit", content=digit_png).status_code == 200
+        before = inferences()
+        for _ in range(2):
+            # Shorter than the window in which the batch waits for company.
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/digit", content=digit_png, timeout=0.2)
+        while metric(client.get("/metrics").text, "quintet_in_flight"):
+            pass
+        assert client.post("/digit", content=digit_png).status_code == 200
+        assert inferences() == before + 1
+
+
 # ---- one bad one among good ones ----
 
 
