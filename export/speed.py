@@ -11,6 +11,7 @@ from export.graphs import quiet_session
 from service.matrix_units import suited
 from service.models.spec import Array
 from service.providers import eight_bit_instructions
+from service.runtime import CPU
 from service.settings import cores
 
 BATCHES: Final = (1, 2, 8, 32)
@@ -51,8 +52,8 @@ def measure(networks: Mapping[str, bytes], batches: Mapping[int, Sequence[Array]
     """
     ways = sorted({(1, 1), (cores(), 1), (1, cores())})
     sessions = {
-        (name, threads): quiet_session(suited(network), threads=threads)
-        for name, network in networks.items()
+        (name, threads): quiet_session(network, threads=threads)
+        for name, network in ((name, suited(network, CPU)) for name, network in networks.items())
         for threads in {threads for _, threads in ways}
     }
     rates: dict[tuple[str, int, int, int], float] = {}

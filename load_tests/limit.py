@@ -83,7 +83,7 @@ class BareNetwork:
             profile: Where it runs.
         """
         self._room = room
-        self._file = files.network if profile.is_gpu else suited(files.network)
+        self._file = suited(files.network, profile)
         self._profile = profile
         self._providers = profile.providers(room, files.variant, graphs=False)
         self._inputs = inputs

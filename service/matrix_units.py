@@ -18,7 +18,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from service.proto import onnx_weights_pb2 as onnx
-from service.providers import eight_bit_instructions
+from service.providers import Profile, eight_bit_instructions
 
 INT8: Final = 3
 """ONNX's number of the datatype (`TensorProto.DataType`)."""
@@ -33,12 +33,13 @@ LEAST_PRODUCTS: Final = 256
 """For each number that a layer makes; of fewer the copying is the larger part."""
 
 
-def suited(network: bytes) -> bytes:
-    """An ONNX file in the form that this processor runs fastest; itself, where it is that already.
+def suited(network: bytes, profile: Profile) -> bytes:
+    """An ONNX file in the form that runs fastest where the profile says; itself, where it is that already.
 
     It answers exactly as before.
     """
-    return for_matrix_units(network) if "amx_int8" in eight_bit_instructions() else network
+    has_tiles = not profile.is_gpu and "amx_int8" in eight_bit_instructions()
+    return for_matrix_units(network) if has_tiles else network
 
 
 def for_matrix_units(network: bytes) -> bytes:

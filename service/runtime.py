@@ -86,7 +86,7 @@ class Network:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         try:
             session = onnxruntime.InferenceSession(
-                model if profile.is_gpu else suited(model),
+                suited(model, profile),
                 options,
                 providers=profile.providers(room, variant, graphs=graphs),
             )

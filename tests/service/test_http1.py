@@ -39,9 +39,7 @@ class Door:
         """Of paths that begin with `/short/known`, which `ask` answers, what the path and the query are."""
         return f"{request.path}?{request.query.decode()}" if request.path.startswith("/short/known") else None
 
-    def ask(
-        self, question: str, body: bytes, reply: Callable[[Response], None]
-    ) -> Callable[[], None] | None:
+    def ask(self, question: str, body: bytes, reply: Callable[[Response], None]) -> Callable[[], None] | None:
         if body == b"refuse":
             return None
         self.at_once.append(question)

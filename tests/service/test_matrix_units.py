@@ -11,8 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from service.matrix_units import for_matrix_units, suited
 from service.models import MODELS
 from service.models.spec import Array
-from service.providers import eight_bit_instructions
+from service.providers import Profile, eight_bit_instructions
 from service.repository import Repository
+from service.runtime import CPU
 from tests.conftest import MODELS_FOLDER
 
 
@@ -147,4 +148,5 @@ def test_what_is_no_onnx_file_is_left_to_onnx_runtime(content: bytes) -> None:
 
 def test_only_processors_with_matrix_units_get_the_other_form() -> None:
     network = layer()
-    assert (suited(network) != network) == ("amx_int8" in eight_bit_instructions())
+    assert (suited(network, CPU) != network) == ("amx_int8" in eight_bit_instructions())
+    assert suited(network, Profile("cuda")) is network
