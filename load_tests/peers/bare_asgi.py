@@ -27,6 +27,7 @@ class Bare:
         self._version = str(files.version)
         self._batcher = Batcher(
             network.run,
+            make_samples=DIGIT.samples,
             queue_size=settings.queue_size,
             max_batch=min(settings.max_batch, fits_inline) if inline else settings.max_batch,
             lanes=None if inline else Lanes(settings.lanes),
@@ -36,9 +37,8 @@ class Bare:
         """Read one picture, whose bytes come in one piece, and answer."""
         body = (await receive())["body"]
         self._batcher.admit(1)
-        sample = DIGIT.to_tensor({"image": body})
-        (row,) = (await self._batcher.run([sample], None)).rows
-        prediction = DIGIT.to_answer(row, sample).as_json()
+        job = await self._batcher.run([{"image": body}], None, None)
+        prediction = DIGIT.to_answer(job.rows[0], job.samples[0]).as_json()
         answer = orjson.dumps({"model": DIGIT.name, "version": self._version, "predictions": [prediction]})
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(answer))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})

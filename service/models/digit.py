@@ -55,16 +55,19 @@ def like_mnist(picture: Pixels) -> Pixels:
     Returns:
         uint8 [28, 28].
     """
-    (alike,) = all_like_mnist([picture])
+    (alike,) = all_like_mnist((picture,))
     return alike
 
 
 def all_like_mnist(pictures: Sequence[Pixels]) -> list[Pixels]:
     """Bring several pictures to what MNIST looks like, as `like_mnist` does each, and faster."""
-    return [
-        _made_like_mnist(picture) if ready is None else ready
-        for picture, ready in zip(pictures, _already_like_mnist(pictures), strict=True)
-    ]
+    small = [picture for picture in pictures if picture.shape == (SIDE, SIDE)]
+    ready = iter(_already_like_mnist(small) if small else ())
+    alike = []
+    for picture in pictures:
+        found = next(ready) if picture.shape == (SIDE, SIDE) else None
+        alike.append(_made_like_mnist(picture) if found is None else found)
+    return alike
 
 
 def _made_like_mnist(picture: Pixels) -> Pixels:
@@ -81,34 +84,34 @@ def _made_like_mnist(picture: Pixels) -> Pixels:
 
 
 def _already_like_mnist(pictures: Sequence[Pixels]) -> list[Pixels | None]:
-    """Each picture as it is, or inverted, where that is MNIST's format; None elsewhere.
+    """Each picture of uint8 [28, 28] as it is, or inverted, where that is MNIST's format; None elsewhere.
 
     All of MNIST's 70,000 pictures have black corners, ink 19 or 20 pixels long and
     their centre of mass within 0.52 pixels of (14, 14).
     """
-    ready: list[Pixels | None] = [None] * len(pictures)
-    places = [place for place, picture in enumerate(pictures) if picture.shape == (SIDE, SIDE)]
-    if not places:
-        return ready
     # Together: most of what these small steps take is numpy's own, once a call.
-    stack = np.concatenate([pictures[place] for place in places]).reshape(-1, SIDE, SIDE)
+    stack = np.concatenate(pictures).reshape(-1, SIDE, SIDE)
     corners = stack[:, :: SIDE - 1, :: SIDE - 1].reshape(-1, 4).tolist()
-    for picture, four in zip(stack, corners, strict=True):
-        if four == WHITE_CORNERS:
-            cv2.bitwise_not(picture, picture)
+    if WHITE_CORNERS in corners:
+        for picture, four in zip(stack, corners, strict=True):
+            if four == WHITE_CORNERS:
+                cv2.bitwise_not(picture, picture)
     # All sums are whole numbers that float32 holds exactly.
     moments = (stack.reshape(-1, SIDE * SIDE) @ MOMENTS).tolist()
-    for place, picture, four, (mass, right, down) in zip(places, stack, corners, moments, strict=True):
-        if four not in (BLACK_CORNERS, WHITE_CORNERS):
-            continue
-        _, _, width, height = cv2.boundingRect(picture)
-        if (
-            max(width, height) in (INK_SIDE - 1, INK_SIDE)
-            and abs(right / mass - SIDE / 2) < 0.55
-            and abs(down / mass - SIDE / 2) < 0.55
-        ):
-            ready[place] = picture
-    return ready
+    return [
+        picture if four in (BLACK_CORNERS, WHITE_CORNERS) and _is_centred(picture, *three) else None
+        for picture, four, three in zip(stack, corners, moments, strict=True)
+    ]
+
+
+def _is_centred(picture: Pixels, mass: float, right: float, down: float) -> bool:
+    """Whether ink of this mass and these first moments is as large as MNIST's and in the middle."""
+    _, _, width, height = cv2.boundingRect(picture)
+    return (
+        max(width, height) in (INK_SIDE - 1, INK_SIDE)
+        and abs(right / mass - SIDE / 2) < 0.55
+        and abs(down / mass - SIDE / 2) < 0.55
+    )
 
 
 def _shrunk(picture: Pixels, longest: int) -> Pixels:
@@ -322,28 +325,21 @@ def _thick_enough(ink: Pixels) -> Pixels:
 
 def to_tensor(inputs: Inputs) -> Sample:
     """An encoded picture, or pixels already like MNIST's, to the network's input."""
-    (sample,) = to_tensors([inputs])
-    if isinstance(sample, QuintetError):
-        raise sample
-    return sample
+    pixels = inputs.get("pixels")
+    return Sample((like_mnist(_decoded(inputs)) if pixels is None else pixels,))
 
 
 def to_tensors(several: Sequence[Inputs]) -> list[Sample | QuintetError]:
-    """Each input's sample, or what is wrong with it."""
-    found = each(_pixels, several)
-    decoded = {
-        place: pixels
-        for place, (inputs, pixels) in enumerate(zip(several, found, strict=True))
-        if "image" in inputs and not isinstance(pixels, QuintetError)
-    }
-    for place, pixels in zip(decoded, all_like_mnist(list(decoded.values())), strict=True):
-        found[place] = pixels
-    return [one if isinstance(one, QuintetError) else Sample((one,)) for one in found]
+    """Each input's sample, or what is wrong with it; of pictures several at once."""
+    encoded = [inputs for inputs in several if "pixels" not in inputs]
+    decoded = each(_decoded, encoded)
+    alike = iter(all_like_mnist([one for one in decoded if not isinstance(one, QuintetError)]))
+    samples = iter([one if isinstance(one, QuintetError) else Sample((next(alike),)) for one in decoded])
+    return [Sample((inputs["pixels"],)) if "pixels" in inputs else next(samples) for inputs in several]
 
 
-def _pixels(inputs: Inputs) -> Pixels:
-    pixels: Pixels | None = inputs.get("pixels")
-    return pictures.decode_grey(inputs["image"]) if pixels is None else pixels
+def _decoded(inputs: Inputs) -> Pixels:
+    return pictures.decode_grey(inputs["image"])
 
 
 def to_answer(row: Sequence[Array], sample: Sample) -> Classification:

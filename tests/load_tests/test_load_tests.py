@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,13 +20,16 @@ from load_tests.generators import ProgramMissing, arrive, require
 from load_tests.limit import Way, open_network
 from load_tests.measurement import Measurement, Results, best
 from load_tests.peers import environments
+from load_tests.peers.answer_asgi import Answering
+from load_tests.peers.bare_asgi import Bare
 from load_tests.report import Outcome
 from load_tests.scenarios import Scenario, Section, Server, quintet, sections, triton
 from load_tests.tune import Choice, gain, search, write
+from service.http import Message, Receive, Scope, Send
 from service.models import MODELS
 from service.models.digit import DIGIT
 from service.providers import NVIDIA_CARDS
-from service.settings import SETTINGS_FILE, read_settings
+from service.settings import SETTINGS_FILE, Settings, read_settings
 from tests.conftest import MODELS_FOLDER, ROOT, SHIPPED, QuintetServer
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="needs wrk (Debian package wrk)")
@@ -334,3 +337,25 @@ def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ProgramMissing, match="nghttp2-client"):
         require("h2load")
+
+
+@pytest.mark.parametrize(
+    "make", [Bare, lambda settings: Answering(DIGIT, settings)], ids=["bare", "answering"]
+)
+async def test_the_barest_servers_answer_as_people_are_answered(
+    make: Callable[[Settings], Callable[[Scope, Receive, Send], Awaitable[None]]],
+) -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": DIGIT.example["image"]}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    application = make(Settings(models=MODELS_FOLDER))
+    await application({"type": "http", "path": "/digit", "headers": []}, receive, send)
+    start, body = sent
+    assert start["status"] == 200
+    (prediction,) = json.loads(body["body"])["predictions"]
+    assert prediction["label"] == "7"
