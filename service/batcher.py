@@ -63,15 +63,16 @@ class Job:
     They are there from the start, or each is made of its input when its batch runs.
 
     Once it is done, `rows` has one row for each sample, in order; `queue_seconds` is how long
-    the first of them waited, `compute_seconds` the time of all its batches, `batch_size` that
-    of the largest; or `error` says why there are no rows. Until then `next` is how many have
+    the first of them waited, `prepare_seconds` the time that its batches took to make samples, if it came
+    without, `compute_seconds` that of the network, `batch_size` that of the largest; or `error` says why
+    there are no rows. Until then `next` is how many have
     started; where samples have lengths they need not start in order, and `waiting` says which have not.
     """
 
     __slots__ = (
         "_on_done", "batch_size", "caller", "compute_seconds", "count", "deadline", "entered", "error",
-        "inputs", "is_done", "left", "lengths", "next", "queue_seconds", "rows", "samples", "timer",
-        "waiting",
+        "inputs", "is_done", "is_made", "left", "lengths", "next", "prepare_seconds", "queue_seconds", "rows",
+        "samples", "timer", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +91,7 @@ class Job:
             on_done: Called once, on the event loop, when there are rows or an error. It raises nothing.
         """
         self.inputs = inputs
+        self.is_made = samples is not None
         self.samples = [NOT_MADE] * len(inputs) if samples is None else samples
         self.count = count = len(self.samples)
         self.deadline = deadline
@@ -107,6 +109,7 @@ class Job:
         self.left = count
         self.batch_size = 0
         self.queue_seconds = 0.0
+        self.prepare_seconds = 0.0
         self.compute_seconds = 0.0
 
     def give(self, index: int, row: Row) -> None:
@@ -184,7 +187,7 @@ class Batcher:
         max_tokens: int = 1 << 62,
         seconds_per_input: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
-        on_batch: Callable[[int, float, float, Sequence[float]], None] | None = None,
+        on_batch: Callable[[int, float, Sequence[float]], None] | None = None,
     ) -> None:
         """Batch the calls of `run`.
 
@@ -204,8 +207,7 @@ class Batcher:
                 alone may be longer).
             seconds_per_input: What one sample takes.
             clock: By which batches are charged to what was shared, read before and after in their thread.
-            on_batch: Told of each batch its size, the seconds that its samples took to make, the
-                compute seconds, and the queue seconds of the jobs that began in it.
+            on_batch: Told the size, the compute seconds and the jobs' queue seconds of each batch.
         """
         self._run = run
         self._make_samples = make_samples
@@ -217,7 +219,7 @@ class Batcher:
         self._length_of = length_of
         self._max_tokens = max_tokens
         self._clock = clock
-        self._on_batch = on_batch or (lambda size, prepare, compute, waits: None)
+        self._on_batch = on_batch or (lambda size, compute, waits: None)
         self._lines: tuple[deque[Job], ...] = tuple(deque() for _ in Priority)
         self._turn_is_booked = False
         self._is_asking = False
@@ -226,6 +228,7 @@ class Batcher:
         self._busy_since = 0.0
         self._per_second = 1 / seconds_per_input if seconds_per_input else math.inf
         self._pace = seconds_per_input
+        self._prepare_pace = 0.0
         self.depth = 0
         self.spent_seconds = 0.0
 
@@ -377,7 +380,7 @@ class Batcher:
             return False
         self._running += 1
         # Charged when it starts, roughly (texts have many lengths); put right when it ends.
-        expected = len(batch) / self._per_second
+        expected = len(batch) * (1 / self._per_second + self._prepare_pace)
         self.spent_seconds += expected
         self._lanes.start(partial(self._ran, batch), partial(self._lane_is_free, expected))
         if self._is_waited_for():
@@ -544,6 +547,8 @@ class Batcher:
             if job is not last:
                 last = job
                 job.compute_seconds += seconds
+                if not job.is_made:
+                    job.prepare_seconds += ran.prepare_seconds
                 if size > job.batch_size:
                     job.batch_size = size
                 if not index:
@@ -552,9 +557,10 @@ class Batcher:
         # How fast the queue moves, whoever else uses the same cores.
         self._pace += ((now - self._busy_since) / size - self._pace) * PACE_WEIGHT
         self._busy_since = now
+        self._prepare_pace += (ran.prepare_seconds / size - self._prepare_pace) * PACE_WEIGHT
         try:
             # Before anybody is answered, who may ask for the numbers next.
-            self._on_batch(size, ran.prepare_seconds, seconds, waits)
+            self._on_batch(size, seconds, waits)
         finally:
             for (job, index), row in zip(batch, result, strict=True):
                 job.give(index, row)

@@ -255,12 +255,12 @@ class DataPlane:
         """
         self._admit(loaded, inputs)
         samples = None
-        if not self.is_prepared_in_its_batch(loaded, inputs):
-            try:
+        try:
+            if not self.is_prepared_in_its_batch(loaded, inputs):
                 samples = await self._prepared(loaded, inputs)
-            except BaseException:
-                loaded.batcher.release(len(inputs))
-                raise
+        except BaseException:
+            loaded.batcher.release(len(inputs))
+            raise
         job = await loaded.batcher.run(inputs, samples, deadline, priority)
         return loaded.answers(job), job
 

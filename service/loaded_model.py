@@ -103,6 +103,8 @@ class LoadedModel:
         started = time.perf_counter()
         answers = list(map(self.room.to_answer, job.rows, job.samples))
         seconds = time.perf_counter() - started
+        if not job.is_made:
+            self.meters.preprocess_seconds.observe(job.prepare_seconds)
         self.meters.postprocess_seconds.observe(seconds)
         self.batcher.spent_seconds += seconds
         return answers
@@ -149,25 +151,14 @@ class Meters:
         self._last_inference = board.gauge("last_inference", *self._labels)
         self._batches: dict[int, Tally] = {1: board.tally("batches", *self._labels, "1")}
 
-    def batch_ran(
-        self, size: int, prepare_seconds: float, compute_seconds: float, queue_seconds: Sequence[float]
-    ) -> None:
-        """Count a batch.
-
-        Args:
-            size: Of it, in inputs.
-            prepare_seconds: That it took to turn inputs into tensors; 0.0 if that was done before.
-            compute_seconds: That the network took.
-            queue_seconds: Of the requests that began in it.
-        """
+    def batch_ran(self, size: int, compute_seconds: float, queue_seconds: Sequence[float]) -> None:
+        """Count a batch; `queue_seconds` are those of the requests that began in it."""
         self._inferences.add(size)
         self._batch_size.observe(size)
         self._compute_seconds.observe(compute_seconds)
         for seconds in queue_seconds:
             self._queue_seconds.observe(seconds)
         requests = len(queue_seconds)
-        if prepare_seconds and requests:
-            self.preprocess_seconds.observe(prepare_seconds / requests, requests)
         self._requests_computed.add(compute_seconds * requests, requests)
         self._last_inference.set(time.time())
         batches = self._batches.get(size)

@@ -180,10 +180,10 @@ class Histogram:
         self._bounds = bounds
         self._sum = slot + len(bounds) + 1
 
-    def observe(self, value: float, count: int = 1) -> None:
-        """Count one value, or several that are alike."""
-        self._cells[self._slot + bisect_left(self._bounds, value)] += count
-        self._cells[self._sum] += value * count
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self._cells[self._slot + bisect_left(self._bounds, value)] += 1
+        self._cells[self._sum] += value
 
 
 class Tally:

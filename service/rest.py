@@ -208,7 +208,8 @@ class RestDoor:
         try:
             plane.check_key(b"")
             loaded = plane.find(question.room.name, question.version)
-            if not loaded.batcher.is_inline or len(body) > plane.settings.max_body_bytes:
+            batcher = loaded.batcher
+            if not (batcher.is_inline and batcher.makes_samples) or len(body) > plane.settings.max_body_bytes:
                 return None
             asked = question.read(body, plane.settings.max_inputs)
         except QuintetError:
@@ -320,7 +321,7 @@ class RestDoor:
         body = await request.body(self._plane)
         asked = await off_the_loop(len(body), question.read, body, self._plane.settings.max_inputs)
         work = self._plane.predict(loaded, asked.inputs, asked.deadline(started), asked.priority)
-        # A batch on the event loop is over before a hang-up could be seen.
+        # A batch on the event loop is soon over, and waiting for a hang-up beside it costs a task.
         answers, job = await (work if loaded.batcher.is_inline else request.unless_gone(work))
         if isinstance(question, PeoplesQuestion) and question.wants_picture:
             return Response(200, b"image/png", await self._plane.picture(loaded.room, asked.inputs, answers))

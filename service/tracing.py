@@ -152,12 +152,13 @@ class Tracer:
             span.set_status(Status(StatusCode.ERROR))
         for job in trace.jobs:
             # Inputs are decoded before they are queued, or with the batch that they run in.
-            is_decoded_later = any(turn.decoded > turn.started for turn in job.turns)
-            self._part(trace, "read" if is_decoded_later else "decode", trace.started, job.entered)
+            self._part(trace, "decode" if job.is_made else "read", trace.started, job.entered)
             if job.turns:
-                self._part(trace, "queue", job.entered, job.turns[0].started)
+                # Who came decoded waits until the others of the batch are.
+                first = job.turns[0]
+                self._part(trace, "queue", job.entered, first.decoded if job.is_made else first.started)
                 for turn in job.turns:
-                    if turn.decoded > turn.started:
+                    if not job.is_made:
                         self._part(trace, "decode", turn.started, turn.decoded)
                     self._part(trace, "run", turn.decoded, turn.ended, [Link(turn.batch)])
                 self._part(trace, "answer", job.turns[-1].ended, ended)

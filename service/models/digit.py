@@ -352,11 +352,6 @@ def is_quick(inputs: Inputs) -> bool:
     return "image" not in inputs or pictures.is_quick(inputs["image"])
 
 
-def is_short(inputs: Inputs) -> bool:
-    """Pictures that are not large are."""
-    return "image" not in inputs or pictures.is_short(inputs["image"])
-
-
 def _drawn_seven() -> bytes:
     """A seven in three strokes of a pen on white paper, as PNG."""
     paper = np.full((96, 96), 255, np.uint8)
@@ -379,5 +374,5 @@ DIGIT = Room(
     to_answer=to_answer,
     example={"image": _drawn_seven()},
     is_quick=is_quick,
-    is_short=is_short,
+    is_short=is_quick,
 )

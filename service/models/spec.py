@@ -128,8 +128,8 @@ class Room:
         to_answer: One row of the network's outputs and its sample to one answer.
         example: One input that the model can answer: for warming up, for documents and for tests.
         is_quick: Whether `to_tensor` of this input is short enough for the event loop.
-        is_short: Whether it is short enough for others of the same batch to wait for it, where that
-            runs in a thread.
+        is_short: Whether it takes no longer than the network, so that others of the same batch can wait for
+            it, where that runs in a thread.
         options: Numbers that callers may send beside the inputs, by name.
         as_picture: Inputs and their answers as one PNG, for people who ask for a picture; None
             where there is none.
@@ -181,7 +181,9 @@ def each(make: Callable[[T], R], several: Iterable[T]) -> list[R | QuintetError]
         try:
             made.append(make(one))
         except QuintetError as error:
-            # A traceback holds frames, and they the request: a cycle for the garbage collector.
+            # A traceback holds frames, and they the request: a cycle for the garbage collector. So does
+            # that of the error which this one was raised for.
+            error.__context__ = None
             made.append(error.with_traceback(None))
     return made
 

@@ -490,7 +490,7 @@ async def test_who_is_away_for_a_moment_after_each_turn_does_not_lose_its_place(
 
 
 async def test_one_turn_that_fails_costs_the_others_nothing() -> None:
-    def full_disk(size: int, prepare: float, compute: float, waits: Sequence[float]) -> None:
+    def full_disk(size: int, compute: float, waits: Sequence[float]) -> None:
         raise OSError("no space left on device")
 
     turns = LoopTurns(0.008)
@@ -556,7 +556,10 @@ def made_of(several: Sequence[Inputs]) -> list[Sample | QuintetError]:
 
     def sample_of(inputs: Inputs) -> Sample:
         if inputs["number"] is None:
-            raise BadInput("The picture is damaged.")
+            try:
+                raise ValueError
+            except ValueError:
+                raise BadInput("The picture is damaged.") from None
         return samples(inputs["number"] + 0)[0]
 
     return each(sample_of, several)
@@ -615,7 +618,7 @@ async def test_samples_that_cannot_be_made_are_the_trouble_of_their_request_alon
     assert bad.error.index == 1, "the first of them"
     assert isinstance(single.error, BadInput)
     assert single.error.index is None
-    assert bad.error.__traceback__ is None, "it would keep the request alive"
+    assert bad.error.__traceback__ is bad.error.__context__ is None, "they would keep the request alive"
     assert numbers_in(good.rows) == [2, 4]
     assert batcher.depth == 0
     assert await ask(batcher, 5) == [10]
@@ -797,23 +800,33 @@ async def test_other_work_on_the_loop_goes_on_between_two_inline_batches() -> No
 async def test_every_batch_is_reported_with_its_size_and_its_waits(
     batcher_of: Callable[..., Batcher],
 ) -> None:
-    reports: list[tuple[int, float, float, list[float]]] = []
+    reports: list[tuple[int, float, list[float]]] = []
     batcher = batcher_of(
         Doubler(),
         max_batch=4,
-        make_samples=made_of,
-        on_batch=lambda size, prepare, compute, waits: reports.append((size, prepare, compute, list(waits))),
+        on_batch=lambda size, compute, waits: reports.append((size, compute, list(waits))),
     )
     await all_at_once(batcher, [1, 2, 3], [4, 5, 6])
-    assert [size for size, _, _, _ in reports] == [4, 2]
+    assert [size for size, _, _ in reports] == [4, 2]
     # The second request's samples run in both batches; it has waited once.
-    assert [len(waits) for _, _, _, waits in reports] == [2, 0]
-    assert all(compute >= 0 and min(waits, default=0) >= 0 for _, _, compute, waits in reports)
-    assert [prepare for _, prepare, _, _ in reports] == [0, 0], "they were made before"
+    assert [len(waits) for _, _, waits in reports] == [2, 0]
+    assert all(compute >= 0 and min(waits, default=0) >= 0 for _, compute, waits in reports)
+
+
+async def test_a_request_knows_how_long_its_own_samples_took_to_make_in_all_its_batches() -> None:
+    def make(several: Sequence[Inputs]) -> list[Sample | QuintetError]:
+        time.sleep(0.01 * len(several))
+        return made_of(several)
+
     done = list[Job]()
-    unprepared(batcher, [7], done)
+    batcher = Batcher(Doubler(), make_samples=make, queue_size=10, max_batch=3)
+    batcher.admit(1)
+    made_before = asyncio.create_task(batcher.run([], samples(9), None))
+    await a_turn_of_the_loop()
+    split = unprepared(batcher, [1, 2, 3, 4, 5], done)
     await settled(done, 1)
-    assert reports[-1][1] > 0
+    assert (await made_before).prepare_seconds == 0
+    assert 0.05 <= split.prepare_seconds < 0.5
 
 
 @pytest.mark.parametrize("seed", range(8))

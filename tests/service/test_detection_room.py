@@ -238,6 +238,7 @@ def test_too_many_pixels_are_refused() -> None:
     with pytest.raises(TooManyPixels):
         DETECTION.to_tensor({"image": huge})
     assert not DETECTION.is_short({"image": huge})
+    assert DETECTION.is_short({"image": encoded(np.zeros((480, 640), np.uint8))})
 
 
 def test_the_example_is_a_small_picture_of_cells() -> None:

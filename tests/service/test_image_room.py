@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from service.errors import TooManyPixels, UnreadableImage
-from service.models.image import IMAGE, LABELS, is_quick, is_short, like_cifar
+from service.models.image import IMAGE, LABELS, is_quick, like_cifar
 from service.models.pictures import decode_colour
 from service.repository import Repository
 from service.runtime import Network
@@ -279,9 +279,6 @@ def test_small_pictures_and_pixels_are_quick() -> None:
     assert is_quick({"pixels": noise(32, 32, 3)})
     assert is_quick({"image": as_file(noise(120, 120, 3))})
     assert not is_quick({"image": as_file(noise(300, 300, 3))})
-    assert is_short({"pixels": noise(32, 32, 3)})
-    assert is_short({"image": as_file(noise(1000, 1000, 3))})
-    assert not is_short({"image": as_file(noise(1100, 1100, 3))})
 
 
 @pytest.mark.parametrize(
