@@ -282,8 +282,7 @@ class DataPlane:
             priority: As for `predict`.
             size: Of the request's body, as `enter` takes it.
             on_done: Called when the job has its rows, which `loaded.answers` makes answers of, or an
-                error; it must call `leave`, and raises nothing. Never called of a job that was given
-                up: whoever does that must call `leave`.
+                error; it must call `leave`, and raises nothing. Never called of a job that `give_up` was.
 
         Returns:
             The job; None where there is none: then nothing has happened, and `predict` knows what is wrong.
@@ -303,6 +302,17 @@ class DataPlane:
         job = batcher.job_type(inputs, None, deadline, on_done)
         batcher.submit(job, priority)
         return job
+
+    def give_up(self, job: Job, size: int = 0) -> None:
+        """Work no longer for a caller who is gone, if that is not done yet.
+
+        Args:
+            job: What `ask` gave.
+            size: Of the request's body, as `ask` was told.
+        """
+        if not job.is_done:
+            job.give_up()
+            self.leave(size)
 
     def _admit(self, loaded: LoadedModel, inputs: Sequence[Inputs]) -> None:
         count = len(inputs)

@@ -291,13 +291,7 @@ class GrpcDoor:
         asked = known.form.fill(message, start)
         on_done = partial(self._done, put, known, loaded, started, tell)
         job = self._plane.ask(loaded, asked.inputs, call.deadline, asked.priority, 0, on_done)
-        return None if job is None else partial(self._given_up, job)
-
-    def _given_up(self, job: Job) -> None:
-        """Work no longer for a caller who is gone, if it is not done yet."""
-        if not job.is_done:
-            job.give_up()
-            self._plane.leave()
+        return None if job is None else partial(self._plane.give_up, job)
 
     def _done(
         self,

@@ -216,13 +216,7 @@ class RestDoor:
             return None
         on_done = partial(self._done, question, loaded, asked, started, len(body), reply)
         job = plane.ask(loaded, asked.inputs, asked.deadline(started), asked.priority, len(body), on_done)
-        return None if job is None else partial(self._given_up, job, len(body))
-
-    def _given_up(self, job: Job, size: int) -> None:
-        """Work no longer for a caller who is gone, if it is not done yet."""
-        if not job.is_done:
-            job.give_up()
-            self._plane.leave(size)
+        return None if job is None else partial(plane.give_up, job, len(body))
 
     def _done(
         self,
