@@ -40,7 +40,7 @@ def decode(picture: bytes) -> npt.NDArray[np.uint8]:
     With the service's own decoder, at once. The service also looks whether the file is one for it, and
     whether the digit is like MNIST's: a peer is spared that.
     """
-    pixels: npt.NDArray[np.uint8] = decode_image_png_u8(picture, (28, 28), "mono")
+    pixels: npt.NDArray[np.uint8] = decode_image_png_u8(bytes(picture), (28, 28), "mono")
     return pixels.reshape(28, 28)
 
 
