@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 import bentoml
 import click
 import structlog
-import uvicorn.config
+import uvicorn
 from _bentoml_sdk.service.factory import Service
 from bentoml._internal.configuration.containers import BentoMLContainer
 
@@ -36,7 +36,7 @@ from service.commands import Commands
 from service.data_plane import DataPlane, State
 from service.grpc_api import GrpcDoor
 from service.http import Receive, Scope, Send
-from service.http1 import Heads, ShortWay
+from service.http1 import Heads, ShortWay, listen_closely
 from service.metrics import BOARD_BYTES, Board, reserve
 from service.models import MODELS
 from service.providers import Profile, ProviderRefused, profile_of, refuse_without_gpu
@@ -128,6 +128,8 @@ class House:
             _give_up(self._folder, str(error))
         else:
             _spare_the_collector()
+            if isinstance(self._http_server, uvicorn.Server) and self._http_server.started:
+                await listen_closely(self._http_server)
             self._grpc.update_health()
             self._watching = asyncio.create_task(self.plane.keep_watch())
             log.info("ready", models=[str(loaded.room) for loaded in self.plane.models()])
@@ -162,14 +164,15 @@ class House:
         self._grpc.update_health()
         await asyncio.sleep(self.settings.drain_seconds)
         # Shut down rather than closed: refused at once, callers need not find out by waiting.
-        for server in getattr(self._http_server, "servers", ()):
-            for listening in server.sockets:
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(listening.fileno())) as ours:
-                    # No more connections in the queue, time to take those that wait, and then none at all:
-                    # shutting down cuts whoever still waits.
-                    ours.listen(0)
-                    await asyncio.sleep(LAST_CALL_SECONDS / 4)
-                    ours.shutdown(socket.SHUT_RD)
+        servers = getattr(self._http_server, "servers", ())
+        # Its others listen on the same socket.
+        for listening in servers[0].sockets if servers else ():
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(listening.fileno())) as ours:
+                # No more connections in the queue, time to take those that wait, and then none at all:
+                # shutting down cuts whoever still waits.
+                ours.listen(0)
+                await asyncio.sleep(LAST_CALL_SECONDS / 4)
+                ours.shutdown(socket.SHUT_RD)
         await asyncio.sleep(LAST_CALL_SECONDS)
         stop_server()
 
